@@ -1,0 +1,1 @@
+"""The public HTTP service: authenticate, validate, accept, read back, stream."""

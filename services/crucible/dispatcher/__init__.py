@@ -1,0 +1,1 @@
+"""The only creator of sandboxes."""

@@ -1,0 +1,1 @@
+"""What runs inside the sandbox around the code; the standard library alone."""

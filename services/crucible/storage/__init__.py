@@ -1,0 +1,1 @@
+"""The owner of PostgreSQL and the object store."""
