@@ -5,25 +5,14 @@ The configuration reference in the documentation is generated from the descripti
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
-import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from crucible.data_dir import default_data_dir
 from crucible.limits import Limits
-
-
-def default_data_dir() -> Path:
-    """Return where the platform keeps its data: the XDG data folder, or /var/lib/crucible for root.
-
-    Root's own home is closed to the unprivileged users that PostgreSQL and sandboxes run as, so FHS' place for state is used.
-    """
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        return Path("/var/lib/crucible")
-    return platformdirs.user_data_path("crucible", appauthor=False)
 
 
 class _Section(BaseModel):
