@@ -103,7 +103,7 @@ async def wait_until_async(
     while True:
         try:
             answer = predicate()
-            value: T = await answer if inspect.isawaitable(answer) else answer  # type: ignore[assignment]
+            value: T = await answer if inspect.isawaitable(answer) else answer
         except deadline.tolerate as error:
             deadline.note_error(error)
         else:
