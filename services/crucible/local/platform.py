@@ -1,0 +1,245 @@
+"""The composition of the `local` profile: every service in this process, PostgreSQL and the sandboxes as its children.
+
+The services call each other through the same clients as in a cluster, over an in-process transport. Nothing here decides anything:
+it starts the parts in the order in which they need each other, and stops them in reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import uuid
+from contextlib import AsyncExitStack
+from typing import IO, TYPE_CHECKING
+
+import uvicorn
+
+from crucible import __version__, logs
+from crucible import contracts as c
+from crucible.api.app import Api, make_api_app
+from crucible.auth import make_key, split_key
+from crucible.clients import DispatcherClient, StorageClient, open_client
+from crucible.dispatcher.app import make_dispatcher_app
+from crucible.dispatcher.dispatcher import Dispatcher
+from crucible.events import InProcessBus
+from crucible.health import Health
+from crucible.local.postgres import PostgresServer
+from crucible.storage.app import make_storage_app
+from crucible.storage.storage import Storage
+from crucible.tracing import Tracing
+from crucible.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import httpx
+
+    from crucible.settings import Settings
+
+log = logs.get_logger("platform")
+
+LOCAL_OWNER = "local"
+_READY_POLL_S = 0.005
+
+
+class AlreadyRunningError(RuntimeError):
+    """Another platform holds the data folder; `server` is what it wrote about itself, if anything."""
+
+    def __init__(self, data_dir: Path, server: dict[str, object]) -> None:
+        where = f" at {server['url']} (pid {server['pid']})" if server else ""
+        super().__init__(f"a platform already runs over {data_dir}{where}; stop it, or choose another --data-dir")
+        self.server = server
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers: the platform decides when to drain."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Platform:
+    """The whole platform on one machine.
+
+    Args:
+        settings: everything that may be set; `api.port` 0 takes a free port.
+        durable: False trades crash safety for speed, for tests that throw their data away.
+    """
+
+    def __init__(self, settings: Settings, *, durable: bool = True) -> None:
+        self.settings = settings
+        self.instance = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+        self.url = ""
+        self.api_key = ""
+        self.runtime = ""
+        self._durable = durable
+        self._stack = AsyncExitStack()
+        self._api: Api | None = None
+        self._worker: Worker | None = None
+        self._postgres: PostgresServer | None = None
+
+    @property
+    def server_file(self) -> Path:
+        """Where the running platform says how to reach it (mode 0600)."""
+        return self.settings.data_dir / "server.json"
+
+    @property
+    def postgres_pid(self) -> int | None:
+        """Process id of the platform's own PostgreSQL, if it runs one."""
+        return self._postgres.pid if self._postgres else None
+
+    async def start(self) -> None:
+        """Start every part; on any failure what was started is stopped again.
+
+        Raises:
+            AlreadyRunningError: the data folder is taken.
+            PostgresError: the database does not start.
+            RuntimeError: sandboxes cannot be made on this machine; the message says why.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def drain(self) -> None:
+        """Take nothing new, finish what can finish in time, and give the rest back to the queue."""
+        if self._api:
+            self._api.drain()
+        if self._worker:
+            await self._worker.drain()
+
+    async def aclose(self) -> None:
+        """Stop every part in the reverse of the order in which they need each other."""
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        settings, stack = self.settings, self._stack
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        token = settings.internal_token.get_secret_value() if settings.internal_token else secrets.token_urlsafe(32)
+        tracing = Tracing(settings.tracing, "crucible")
+        stack.callback(tracing.shutdown)
+        bus = InProcessBus()
+
+        storage = Storage(
+            settings.storage,
+            settings.limits,
+            bus,
+            database_url=await self._database(),
+            data_dir=settings.data_dir,
+            instance=self.instance,
+        )
+        await storage.start()
+        stack.push_async_callback(storage.aclose)
+        # One platform per data folder: whatever another instance holds, it died holding.
+        await storage.reclaim_foreign(self.instance)
+        storage_app = tracing.wrap_app(make_storage_app(storage, token, Health("storage", __version__)))
+        storage_client = StorageClient(await self._client(storage_app, token, tracing))
+
+        dispatcher = Dispatcher(settings.dispatcher, settings.limits, storage_client, instance=self.instance)
+        await dispatcher.start()
+        stack.push_async_callback(dispatcher.aclose)
+        self.runtime = dispatcher.runtime
+        dispatcher_app = tracing.wrap_app(make_dispatcher_app(dispatcher, token, Health("dispatcher", __version__)))
+        dispatcher_client = DispatcherClient(await self._client(dispatcher_app, token, tracing))
+
+        self.api_key = await self._ensure_key(storage_client)
+        self._api = Api(settings, storage_client, dispatcher_client, bus, tracing=tracing)
+        await self._api.start()
+        stack.push_async_callback(self._api.aclose)
+
+        self._worker = Worker(
+            settings.worker, storage_client, dispatcher_client, instance=self.instance, tracing=tracing
+        )
+        self._api.health.add("worker", self._worker.heartbeat.check)
+        await self._worker.start()
+        stack.push_async_callback(self._worker.drain)
+        await self._serve(tracing.wrap_app(make_api_app(self._api)))
+        self._announce()
+
+    def _lock(self) -> None:
+        lock = (self.settings.data_dir / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            server = json.loads(self.server_file.read_text()) if self.server_file.exists() else {}
+            raise AlreadyRunningError(self.settings.data_dir, server) from None
+        self._stack.callback(self._unlock, lock)
+
+    @staticmethod
+    def _unlock(lock: IO[str]) -> None:
+        lock.close()
+
+    async def _database(self) -> str:
+        url = self.settings.storage.database_url
+        if url:
+            return url.get_secret_value()
+        self._postgres = PostgresServer(self.settings.data_dir, durable=self._durable)
+        # Pushed first: a start that is interrupted half-way leaves no server behind.
+        self._stack.push_async_callback(self._postgres.stop)
+        return await self._postgres.start()
+
+    async def _client(self, app: Callable[..., object], token: str, tracing: Tracing) -> httpx.AsyncClient:
+        client = await self._stack.enter_async_context(open_client(app, token))
+        tracing.watch_client(client)
+        return client
+
+    async def _ensure_key(self, storage: StorageClient) -> str:
+        """Return the installation's own admin key, made at the first start and kept in a file of mode 0600."""
+        path = self.settings.data_dir / "api-key"
+        if path.exists():
+            key = path.read_text().strip()
+            parts = split_key(key)
+            if parts and await storage.find_key(*parts):
+                return key
+        key, key_id, digest = make_key()
+        await storage.add_key(
+            c.NewApiKey(key_id=key_id, owner=LOCAL_OWNER, role=c.Role.ADMIN, name="local", secret_sha256=digest)
+        )
+        _write_private(path, key + "\n")
+        return key
+
+    async def _serve(self, app: Callable[..., object]) -> None:
+        listener = socket.create_server((self.settings.api.host, self.settings.api.port), backlog=1024)
+        host, port = listener.getsockname()[:2]
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5, server_header=False
+        )
+        server = _Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+        self._stack.push_async_callback(_stop_server, server, task)
+        while not server.started:
+            if task.done():
+                await task
+            await asyncio.sleep(_READY_POLL_S)
+        self.url = f"http://{host}:{port}"
+
+    def _announce(self) -> None:
+        _write_private(
+            self.server_file, json.dumps({"url": self.url, "api_key": self.api_key, "pid": os.getpid()}) + "\n"
+        )
+        self._stack.callback(self.server_file.unlink, missing_ok=True)
+        log.info("platform started", url=self.url, data_dir=str(self.settings.data_dir), sandbox=self.runtime)
+
+
+async def _stop_server(server: uvicorn.Server, task: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    await task
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    scratch = path.with_suffix(".new")
+    scratch.unlink(missing_ok=True)
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    scratch.rename(path)

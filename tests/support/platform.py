@@ -1,0 +1,95 @@
+"""The real platform for tests: PostgreSQL, storage, dispatcher, worker and API over a folder that is thrown away."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from crucible.local.platform import Platform
+from crucible.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+TERMINAL = {"completed", "failed", "timeout", "cancelled"}
+
+
+def scratch_dir() -> Iterator[Path]:
+    """Yield a folder that unprivileged users may pass through (PostgreSQL is one where tests run as root)."""
+    with tempfile.TemporaryDirectory(prefix="crucible-test-") as name:
+        path = Path(name)
+        path.chmod(0o711)
+        yield path
+
+
+def test_settings(data_dir: Path, **sections: Any) -> Settings:
+    """Return settings for one test platform: a free port, few slots, its own folder."""
+    defaults: dict[str, Any] = {
+        "api": {"port": 0},
+        "worker": {"slots": 4, "drain_seconds": 2},
+        "log": {"level": "warning"},
+    }
+    for name, values in sections.items():
+        defaults[name] = {**defaults.get(name, {}), **values} if isinstance(values, dict) else values
+    return Settings(data_dir=data_dir, **defaults)
+
+
+test_settings.__test__ = False  # type: ignore[attr-defined] # not a test, whatever its name
+
+
+class Client:
+    """A thin client of the public API for tests."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self.http = http
+
+    async def submit(self, code: str, **fields: Any) -> dict[str, Any]:
+        """Submit and return the evaluation as first shown."""
+        response = await self.http.post("/v1/evaluations", json={"code": code, **fields})
+        assert response.status_code in (200, 201), response.text
+        return response.json()  # type: ignore[no-any-return]
+
+    async def get(self, evaluation_id: str, *, wait: float = 0) -> dict[str, Any]:
+        """Read one evaluation, waiting up to `wait` seconds (at most 60) for its end."""
+        response = await self.http.get(f"/v1/evaluations/{evaluation_id}", params={"wait": wait} if wait else {})
+        assert response.status_code == 200, response.text
+        return response.json()  # type: ignore[no-any-return]
+
+    async def ended(self, evaluation_id: str, *, wait: float = 30) -> dict[str, Any]:
+        """Wait for the end of an evaluation and return it."""
+        found = await self.get(evaluation_id, wait=wait)
+        assert found["state"] in TERMINAL, found
+        return found
+
+    async def run(self, code: str, **fields: Any) -> dict[str, Any]:
+        """Submit, wait for the end, and return the evaluation."""
+        return await self.ended((await self.submit(code, **fields))["id"])
+
+    async def output(self, evaluation_id: str, stream: str = "stdout") -> bytes:
+        """Read a whole output stream."""
+        response = await self.http.get(f"/v1/evaluations/{evaluation_id}/output/{stream}")
+        assert response.status_code == 200, response.text
+        return response.content
+
+
+@asynccontextmanager
+async def connect(url: str, key: str) -> AsyncIterator[Client]:
+    """Open a client of a running platform."""
+    async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=90) as http:
+        yield Client(http)
+
+
+@asynccontextmanager
+async def running_platform(data_dir: Path, **sections: Any) -> AsyncIterator[tuple[Platform, Client]]:
+    """Run the platform in this process over `data_dir`; not durable against power loss, everything else as shipped."""
+    platform = Platform(test_settings(data_dir, **sections), durable=False)
+    await platform.start()
+    try:
+        async with connect(platform.url, platform.api_key) as client:
+            yield platform, client
+    finally:
+        await platform.aclose()
