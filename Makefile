@@ -1,0 +1,88 @@
+# Everything a person or CI does here, each by one name. Every target sets up what it needs first (`scripts/setup`).
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+# Tracked and new files alike, so that a file is checked before it is committed.
+FILES = git ls-files --cached --others --exclude-standard
+
+.PHONY: help
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: setup-run ## Set up, start the platform, run a mixed batch of evaluations and explain each outcome
+	$(BIN)/crucible demo
+
+.PHONY: test
+test: lint test-unit test-integration ## Set up and run every tier that exists, cheapest first
+
+.PHONY: test-unit
+test-unit: setup-dev ## Pure and in-process tests: no network, no server, under 10 s
+	$(PYTEST) tests/unit --junitxml=reports/unit.xml
+
+.PHONY: test-integration
+test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
+	$(PYTEST) tests/integration --junitxml=reports/integration.xml
+
+.PHONY: bench
+bench: setup-dev ## Measure latency and throughput against bare sandboxes on this machine
+	$(BIN)/python benchmarks/run.py
+
+.PHONY: setup-run
+setup-run:
+	@scripts/setup run
+
+.PHONY: setup-dev
+setup-dev:
+	@scripts/setup dev
+
+LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-workflows lint-repository lock-check
+.PHONY: lint $(LINTERS)
+lint: $(LINTERS) ## Every static check
+
+lint-ruff: setup-dev
+	$(BIN)/ruff check .
+
+lint-format: setup-dev
+	$(BIN)/ruff format --check .
+
+lint-types: setup-dev
+	$(BIN)/mypy
+
+lint-imports: setup-dev
+	$(BIN)/lint-imports --cache-dir .import_linter_cache
+
+lint-yaml: setup-dev
+	$(FILES) -z -- '*.yaml' '*.yml' '.yamllint' | xargs -0 $(BIN)/yamllint --strict
+
+lint-shell: setup-dev
+	$(FILES) | scripts/shell-files | xargs $(BIN)/shellcheck
+
+lint-workflows: setup-dev
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet --no-progress --pedantic .github/workflows
+
+lint-repository: setup-dev
+	$(BIN)/python scripts/check_repository.py
+
+lock-check: setup-dev ## Fail if requirements/ is not what pyproject.toml asks for
+	scripts/lock --check
+
+.PHONY: lock
+lock: setup-dev ## Write requirements/ from pyproject.toml (UPGRADE=1 for the newest versions it allows)
+	scripts/lock $(if $(UPGRADE),--upgrade)
+
+.PHONY: format
+format: setup-dev ## Format the Python code and apply the linter's safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: clean
+clean: ## Remove everything that git does not keep, .venv included
+	git clean -fdX
