@@ -13,7 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.platform import TERMINAL, connect, scratch_dir
+from tests.support.folders import scratch_dir
+from tests.support.platform import TERMINAL, connect
 from tests.support.platform_process import PlatformProcess
 from tests.support.waits import pass_time, wait_until_async
 

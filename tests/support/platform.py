@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -13,17 +11,10 @@ from crucible.local.platform import Platform
 from crucible.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
 TERMINAL = {"completed", "failed", "timeout", "cancelled"}
-
-
-def scratch_dir() -> Iterator[Path]:
-    """Yield a folder that unprivileged users may pass through (PostgreSQL is one where tests run as root)."""
-    with tempfile.TemporaryDirectory(prefix="crucible-test-") as name:
-        path = Path(name)
-        path.chmod(0o711)
-        yield path
 
 
 def test_settings(data_dir: Path, **sections: Any) -> Settings:
