@@ -42,6 +42,12 @@ KINDS = {
             "The body is not JSON of the right shape",
             "Send a UTF-8 JSON body that matches the OpenAPI schema.",
         ),
+        ProblemKind(
+            "unsupported-media-type",
+            415,
+            "The body is of a kind that is not read",
+            "Send plain JSON with `Content-Type: application/json` and no `Content-Encoding`.",
+        ),
         ProblemKind("body-too-large", 413, "The body is too large", "Send less; `limit` names the most that is read."),
         ProblemKind(
             "unauthenticated", 401, "No valid API key", "Send `Authorization: Bearer <key>`; `crucible up` prints one."
@@ -55,6 +61,12 @@ KINDS = {
         ProblemKind("method-not-allowed", 405, "This resource does not know that method", "See `Allow`."),
         ProblemKind(
             "conflict", 409, "The resource is in another state", "Read it again; `detail` says which state it is in."
+        ),
+        ProblemKind(
+            "batch-rejected",
+            422,
+            "No item of the batch was accepted",
+            "Mend the request by the `problem` of each entry of `items`; nothing was stored.",
         ),
         ProblemKind(
             "idempotency-key-reused",
@@ -132,7 +144,7 @@ class ProblemError(Exception):
         self.extra = extra
 
     def body(self, instance: str | None = None) -> dict[str, Any]:
-        """Return the JSON body of the answer."""
+        """Return the JSON body of the answer; what has no UTF-8 form in it is escaped, since it may quote the caller."""
         details = ProblemDetails(
             type=f"/problems/{self.kind.slug}",
             title=self.kind.title,
@@ -142,4 +154,16 @@ class ProblemError(Exception):
             violations=self.violations,
             **self.extra,
         )
-        return details.model_dump(mode="json", exclude_none=True)
+        body: dict[str, Any] = _speakable(details.model_dump(mode="json", exclude_none=True))
+        return body
+
+
+def _speakable(value: Any) -> Any:
+    match value:
+        case str():
+            return value.encode("utf-8", "backslashreplace").decode()
+        case dict():
+            return {_speakable(name): _speakable(member) for name, member in value.items()}
+        case list():
+            return [_speakable(member) for member in value]
+    return value

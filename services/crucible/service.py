@@ -12,6 +12,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from crucible import __version__, logs, metrics
 from crucible.auth import same
@@ -21,12 +22,30 @@ from crucible.problems import CONTENT_TYPE, KINDS, ProblemError
 from crucible.resilience import CallFailedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logs.get_logger("http")
-_SLUG_BY_STATUS = {404: "not-found", 405: "method-not-allowed", 400: "malformed-json", 413: "body-too-large"}
+_SLUG_BY_STATUS = {
+    400: "malformed-json",
+    401: "unauthenticated",
+    403: "forbidden",
+    404: "not-found",
+    405: "method-not-allowed",
+    413: "body-too-large",
+    415: "unsupported-media-type",
+    416: "range-not-satisfiable",
+    422: "invalid-request",
+    503: "unavailable",
+}
+# Problems of an internal call that are the platform's own doing, so that its caller's caller cannot mend them.
+_OURS = frozenset({"internal", "unauthenticated", "forbidden", "method-not-allowed", "unsupported-media-type"})
+_VIOLATIONS_SHOWN = 50
+_FIELD_SHOWN = 200
+_RETRY_AFTER_S = 2.0
+# RFC 9110 and RFC 5789. Any other word is one label value, since callers can make up as many as they like.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -39,7 +58,12 @@ def problem_response(error: ProblemError, instance: str | None = None) -> Respon
     return Response(orjson.dumps(error.body(instance)), error.kind.status, headers, CONTENT_TYPE)
 
 
-def _violation(error: MutableMapping[str, Any]) -> Violation:
+def violations_of(errors: Sequence[Mapping[str, Any]]) -> list[Violation]:
+    """Turn what pydantic found wrong into violations; the first 50 are enough to mend a request by."""
+    return [_violation(error) for error in errors[:_VIOLATIONS_SHOWN]]
+
+
+def _violation(error: Mapping[str, Any]) -> Violation:
     path = [str(part) for part in error["loc"] if part not in ("body", "query", "path", "header")]
     context = error.get("ctx") or {}
     limit = next(
@@ -53,11 +77,26 @@ def _violation(error: MutableMapping[str, Any]) -> Violation:
     value = error.get("input")
     shown = ascii(value)[:80] if isinstance(value, (str, int, float, bool)) else None
     return Violation(
-        field=".".join(path) or "body",
+        # Members that the caller made up are part of the path: shortened, and ASCII, since they may hold anything.
+        field=ascii(".".join(path))[1:-1][:_FIELD_SHOWN] or "body",
         message=str(error["msg"]),
         value=shown,
         limit=limit,
         accepted=str(context["expected"]) if "expected" in context else None,
+    )
+
+
+def problem_of(error: CallFailedError) -> ProblemError:
+    """Return what a failed call to another service means to one's own caller: that service's problem, or 503."""
+    if error.slug is None or error.slug not in KINDS or error.slug in _OURS:
+        log.warning("a call to another service failed", target=error.target, error=str(error))
+        return ProblemError("unavailable", f"{error.target} does not answer now", retry_after=_RETRY_AFTER_S)
+    violations = error.problem.get("violations")
+    return ProblemError(
+        error.slug,
+        str(error.problem.get("detail", error)),
+        violations=[Violation.model_validate(item) for item in violations] if violations else None,
+        retry_after=_RETRY_AFTER_S if KINDS[error.slug].retryable else None,
     )
 
 
@@ -82,7 +121,7 @@ def _install_handlers(app: FastAPI) -> None:
             ProblemError(
                 "invalid-request",
                 "the request breaks a rule",
-                violations=[_violation(dict(found)) for found in errors[:50]],
+                violations=violations_of(errors),
             ),
             _instance(request),
         )
@@ -96,17 +135,12 @@ def _install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(CallFailedError)
     async def call_failed(request: Request, error: CallFailedError) -> Response:
-        if error.slug in KINDS and error.slug not in ("internal", "unauthenticated"):
-            return problem_response(
-                ProblemError(error.slug, str(error.problem.get("detail", error))), _instance(request)
-            )
-        log.warning("a call to another service failed", target=error.target, error=str(error))
-        return problem_response(
-            ProblemError(
-                "unavailable", f"{error.target} does not answer now; nothing was changed by this request", retry_after=2
-            ),
-            _instance(request),
-        )
+        return problem_response(problem_of(error), _instance(request))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:  # noqa: ARG001 - the handler's signature
+        # Nobody reads this answer; without it the disconnect would be logged as a mistake of ours.
+        return problem_response(ProblemError("malformed-json", "the body broke off"), _instance(request))
 
     @app.exception_handler(Exception)
     async def mistake(request: Request, error: Exception) -> Response:
@@ -136,7 +170,12 @@ class RequestContext:
             nonlocal code
             if message["type"] == "http.response.start":
                 code = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    # Much of what the services answer with was written by strangers: it is what its type says, no more.
+                    (b"x-content-type-options", b"nosniff"),
+                ]
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -145,8 +184,9 @@ class RequestContext:
             finally:
                 # The route's pattern, not the path: ids would make a metric series each.
                 route = getattr(scope.get("route"), "path", "unmatched")
-                metrics.HTTP_REQUESTS.labels(self._service, route, scope["method"], code).inc()
-                metrics.HTTP_SECONDS.labels(self._service, route).observe(time.perf_counter() - started)
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                metrics.HTTP_REQUESTS.labels(self._service, route, method, code).inc()
+                metrics.HTTP_SECONDS.labels(self._service, route, code).observe(time.perf_counter() - started)
 
 
 def require_internal(token: str) -> Callable[[Request], Awaitable[None]]:
@@ -181,7 +221,7 @@ def add_health_routes(app: FastAPI, health: Health) -> None:
             response.status_code = 503
         return {"status": "not ready" if problems else "ready", "problems": problems}
 
-    @app.get("/health", tags=["health"], summary="The service's own health in detail")
+    @app.get("/health", tags=["health"], summary="The service's own health in detail", name="health")
     async def detail() -> dict[str, Any]:
         """The service's own checks; other services are asked nothing."""
         return health.report()
@@ -189,6 +229,7 @@ def add_health_routes(app: FastAPI, health: Health) -> None:
     @app.get(
         "/metrics",
         tags=["health"],
+        name="metrics",
         summary="Prometheus metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {}}}},
