@@ -49,4 +49,4 @@ def hash_secret(secret: str) -> str:
 
 def same(left: str, right: str) -> bool:
     """Compare two secrets in constant time."""
-    return hmac.compare_digest(left.encode(), right.encode())
+    return hmac.compare_digest(left.encode("utf-8", "surrogatepass"), right.encode("utf-8", "surrogatepass"))

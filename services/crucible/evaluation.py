@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,10 +23,15 @@ _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 EVALUATION_ID_PATTERN = r"^ev-[0-9a-hjkmnp-tv-z]{26}$"
 # RFC 9110 leaves the key's form open; visible ASCII of bounded length keeps it loggable and indexable.
 IDEMPOTENCY_KEY_PATTERN = r"^[\x21-\x7e]{1,255}$"
-# Kubernetes label syntax, since labels travel to the Job.
-_LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-_LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
-_RESERVED_LABEL_PREFIX = "crucible.dev/"
+# Kubernetes label syntax, since labels travel to the Job: an optional DNS subdomain (RFC 1123) before a slash, then a name.
+_LABEL_NAME = r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_DNS_LABEL = r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?"
+_LABEL_KEY = re.compile(rf"(?:(?P<prefix>(?=[^/]{{1,253}}/){_DNS_LABEL}(?:\.{_DNS_LABEL})*)/)?{_LABEL_NAME}")
+_LABEL_VALUE = re.compile(rf"(?:{_LABEL_NAME})?")
+# Ours, and those that Kubernetes keeps for its own parts: a person's label must not steer a controller or a policy.
+_RESERVED_LABEL_DOMAINS = ("crucible.dev", "kubernetes.io", "k8s.io")
+# Enough to recognise a refused value by, and never a whole source text.
+_SHOWN_CHARACTERS = 80
 
 EvaluationId = Annotated[str, Field(pattern=EVALUATION_ID_PATTERN, examples=["ev-01jd3v8q6m0c3r5x7z9b1d3f5h"])]
 
@@ -107,7 +113,7 @@ class Reason(StrEnum):
     CANCELLED_BY_OPERATOR = "cancelled_by_operator"
 
 
-_TERMINAL_REASONS: Mapping[State, frozenset[Reason]] = MappingProxyType(
+TERMINAL_REASONS: Mapping[State, frozenset[Reason]] = MappingProxyType(
     {
         State.COMPLETED: frozenset({Reason.EXIT_ZERO}),
         State.TIMEOUT: frozenset({Reason.WALL_CLOCK, Reason.DEADLINE, Reason.QUEUE_WAIT, Reason.SCHEDULING}),
@@ -145,14 +151,14 @@ def check_transition(current: State, target: State, reason: Reason | None) -> No
     if target not in TRANSITIONS[current]:
         allowed = ", ".join(sorted(TRANSITIONS[current])) or "nothing: it is final"
         raise TransitionError(f"an evaluation that is {current} cannot become {target}; allowed: {allowed}")
-    if target.terminal and (reason is None or reason not in _TERMINAL_REASONS[target]):
-        allowed = ", ".join(sorted(_TERMINAL_REASONS[target]))
+    if target.terminal and (reason is None or reason not in TERMINAL_REASONS[target]):
+        allowed = ", ".join(sorted(TERMINAL_REASONS[target]))
         raise TransitionError(f"{target} needs a reason of its own, not {reason or 'none'}; allowed: {allowed}")
 
 
 def terminal_state_of(reason: Reason) -> State:
     """Return the one terminal state that a reason belongs to."""
-    return next(state for state, reasons in _TERMINAL_REASONS.items() if reason in reasons)
+    return next(state for state, reasons in TERMINAL_REASONS.items() if reason in reasons)
 
 
 class Resources(BaseModel):
@@ -232,6 +238,21 @@ class RequestRejectedError(ValueError):
         self.violations = violations
 
 
+def _free_label_key(key: str) -> bool:
+    match = _LABEL_KEY.fullmatch(key)
+    if match is None:
+        return False
+    prefix = match["prefix"] or ""
+    return not any(prefix == domain or prefix.endswith("." + domain) for domain in _RESERVED_LABEL_DOMAINS)
+
+
+def _shown(value: str | int) -> str:
+    """Print a refused value in ASCII, short; a number with more digits than Python likes to print by its size."""
+    if isinstance(value, str):
+        return ascii(value[:_SHOWN_CHARACTERS])
+    return str(value) if value.bit_length() <= 128 else f"a number of {value.bit_length()} bits"
+
+
 def text_problem(text: str) -> str | None:
     """Say why a text cannot be stored and run as UTF-8, or None if it can.
 
@@ -256,9 +277,15 @@ class _Checker:
         self.violations: list[Violation] = []
 
     def refuse(
-        self, field: str, message: str, *, value: object = None, limit: str | None = None, accepted: str | None = None
+        self,
+        field: str,
+        message: str,
+        *,
+        accepted: str,
+        value: str | int | None = None,
+        limit: str | None = None,
     ) -> None:
-        shown = None if value is None else ascii(value)[:80]
+        shown = None if value is None else _shown(value)
         self.violations.append(Violation(field=field, message=message, value=shown, limit=limit, accepted=accepted))
 
     def text(self, field: str, text: str, largest: int) -> None:
@@ -271,8 +298,8 @@ class _Checker:
             self.refuse(
                 field,
                 f"is {size} bytes long",
-                value=f"{size} bytes",
-                limit=f"{largest} bytes",
+                value=size,
+                limit=str(largest),
                 accepted=f"at most {largest} bytes of UTF-8",
             )
 
@@ -331,13 +358,14 @@ class _Checker:
                 limit=str(self.limits.label_count),
                 accepted=f"at most {self.limits.label_count}",
             )
-        for key, value in labels.items():
-            if not _LABEL_KEY.fullmatch(key) or key.startswith(_RESERVED_LABEL_PREFIX):
+        # As many as could be right, lest a hundred thousand bad labels become as many violations.
+        for key, value in islice(labels.items(), self.limits.label_count):
+            if not _free_label_key(key):
                 self.refuse(
                     "labels",
                     "has a key that is not a free Kubernetes label key",
                     value=key,
-                    accepted=f"[prefix/]name as in Kubernetes, not {_RESERVED_LABEL_PREFIX}*",
+                    accepted=f"[prefix/]name as in Kubernetes, with no prefix in {', '.join(_RESERVED_LABEL_DOMAINS)}",
                 )
             if not _LABEL_VALUE.fullmatch(value):
                 self.refuse(
@@ -360,16 +388,16 @@ def resolve(request: EvaluationRequest, limits: Limits) -> EvaluationSpec:
         check.refuse("code", "is empty", accepted="Python source")
     check.text("stdin", request.stdin, limits.stdin_bytes)
     check.labels(request.labels)
-    profile = limits.profiles.get(request.profile or limits.profile_default)
+    profile = limits.profiles.get(limits.profile_default if request.profile is None else request.profile)
     if profile is None:
         check.refuse(
             "profile",
             "is not a profile of this installation",
-            value=request.profile,
+            value=request.profile or "",
             accepted=", ".join(limits.profiles),
         )
         profile = limits.profiles[limits.profile_default]
-    image = request.image or limits.images[0]
+    image = limits.images[0] if request.image is None else request.image
     if image not in limits.images:
         check.refuse(
             "image", "is not a runtime image of this installation", value=image, accepted=", ".join(limits.images)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 HEADER = struct.Struct(">BQI")
 # The runner reads at most this much at once; anything larger in a header is not ours.
 MAX_PAYLOAD = 1024 * 1024
+# Fits a signed 64-bit column, and no run lasts that long.
+MAX_AT_MS = 2**63 - 1
 
 
 class Kind(IntEnum):
@@ -29,6 +31,9 @@ class Kind(IntEnum):
     REPORT = 4
 
 
+_KINDS = frozenset(Kind)
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One piece of output, or a message of the runner. `at_ms` counts from the start of the run."""
@@ -38,7 +43,13 @@ class Frame:
     payload: bytes
 
     def encode(self) -> bytes:
-        """Return header and payload as they travel."""
+        """Return header and payload as they travel.
+
+        Raises:
+            FrameError: the payload is larger than a decoder accepts, or the time is out of range.
+        """
+        if len(self.payload) > MAX_PAYLOAD or not 0 <= self.at_ms <= MAX_AT_MS:
+            raise FrameError(f"no frame holds {len(self.payload)} bytes at {self.at_ms} ms")
         return HEADER.pack(self.kind, self.at_ms, len(self.payload)) + self.payload
 
 
@@ -47,34 +58,42 @@ class FrameError(ValueError):
 
 
 class Decoder:
-    """Cuts a byte stream into frames; keeps what is incomplete until more arrives."""
+    """Cuts a byte stream into frames; keeps what is incomplete, at most one frame and what was fed last, until more arrives.
+
+    After a `FrameError` the position in the stream is lost for good: every later use raises it again.
+    """
 
     def __init__(self) -> None:
         self._pending = bytearray()
 
     @property
     def pending(self) -> int:
-        """Bytes of an incomplete frame still waiting for their rest."""
+        """Bytes not yet given out as frames."""
         return len(self._pending)
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Yield every frame that `data` completes.
+        """Take in `data` and return an iterator over every frame that is complete now.
+
+        A frame leaves the decoder as it is given out, so an iteration that stops early goes on with the next call.
 
         Raises:
-            FrameError: an unknown kind or an impossible length.
+            FrameError: from the iterator, after the good frames: an unknown kind, or an impossible length or time.
         """
         self._pending += data
-        start = 0
-        while len(self._pending) - start >= HEADER.size:
-            kind, at_ms, length = HEADER.unpack_from(self._pending, start)
-            if kind not in Kind.__members__.values() or length > MAX_PAYLOAD:
-                raise FrameError(f"not a frame: kind {kind}, length {length}")
-            end = start + HEADER.size + length
+        return self._complete()
+
+    def _complete(self) -> Iterator[Frame]:
+        while len(self._pending) >= HEADER.size:
+            kind, at_ms, length = HEADER.unpack_from(self._pending)
+            if kind not in _KINDS or length > MAX_PAYLOAD or at_ms > MAX_AT_MS:
+                raise FrameError(f"not a frame: kind {kind}, length {length}, at {at_ms} ms")
+            end = HEADER.size + length
             if len(self._pending) < end:
-                break
-            yield Frame(Kind(kind), at_ms, bytes(self._pending[start + HEADER.size : end]))
-            start = end
-        del self._pending[:start]
+                return
+            frame = Frame(Kind(kind), at_ms, bytes(self._pending[HEADER.size : end]))
+            # Cheap: a bytearray drops its front without moving the rest.
+            del self._pending[:end]
+            yield frame
 
 
 def encode_all(frames: Iterable[Frame]) -> bytes:

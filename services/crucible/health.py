@@ -29,7 +29,7 @@ class Health:
 
     def problems(self) -> dict[str, str]:
         """Return what is wrong now, by check."""
-        found = {name: problem for name, check in self._checks.items() if (problem := check())}
+        found = {name: problem for name, check in self._checks.items() if (problem := _ask(check))}
         if self.draining:
             found["lifecycle"] = "draining: finishing what is under way, taking nothing new"
         return found
@@ -42,8 +42,15 @@ class Health:
             "version": self._version,
             "status": "unhealthy" if problems else "healthy",
             "uptime_seconds": round(time.monotonic() - self._started, 1),
-            "checks": {name: problems.get(name, "ok") for name in {*self._checks, *problems}},
+            "checks": dict.fromkeys(self._checks, "ok") | problems,
         }
+
+
+def _ask(check: Callable[[], str | None]) -> str | None:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - a check that breaks is a finding, and must not hide the others
+        return f"the check itself failed: {type(error).__name__}"
 
 
 class Heartbeat:
@@ -60,4 +67,4 @@ class Heartbeat:
     def check(self) -> str | None:
         """Return what is wrong, if anything."""
         age = time.monotonic() - self._last
-        return f"no progress for {age:.0f} s (limit {self._limit:.0f} s)" if age > self._limit else None
+        return f"no progress for {age:.0f} s (limit {self._limit:g} s)" if age > self._limit else None

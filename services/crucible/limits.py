@@ -6,11 +6,11 @@ An installation may tighten or widen the fields through settings (`CRUCIBLE_LIMI
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from crucible.quantity import GIB, MIB
+from crucible.quantity import GIB, MIB, format_cpu, format_memory
 
 Bytes = Annotated[int, Field(gt=0)]
 PRIORITY_MIN = 0
@@ -28,7 +28,7 @@ class SizeClass(StrEnum):
 class Profile(BaseModel):
     """A named pair of resource limits, for people who do not want to think in quantities."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     cpu_millis: int = Field(gt=0, description="CPU limit, millicores")
     memory_bytes: Bytes = Field(description="Memory limit, bytes")
@@ -42,7 +42,8 @@ class Limits(BaseModel):
     code_bytes: Bytes = Field(MIB, description="Largest source text, bytes of UTF-8")
     stdin_bytes: Bytes = Field(MIB, description="Largest standard input, bytes of UTF-8")
     batch_items: int = Field(100, ge=1, le=1000, description="Most evaluations in one batch")
-    body_bytes: Bytes = Field(4 * MIB, description="Largest body of a single request, bytes")
+    # JSON that escapes all but ASCII triples the size of code and standard input at most, so what they may hold always passes.
+    body_bytes: Bytes = Field(8 * MIB, description="Largest body of a single request, bytes")
     batch_body_bytes: Bytes = Field(32 * MIB, description="Largest body of a batch request, bytes")
     timeout_min_s: int = Field(1, ge=1, description="Shortest time limit of an evaluation, seconds")
     timeout_max_s: int = Field(3600, ge=1, description="Longest time limit of an evaluation, seconds")
@@ -86,6 +87,38 @@ class Limits(BaseModel):
     images: tuple[str, ...] = Field(
         ("python",), min_length=1, description="Runtime images that a request may name; the first is the default"
     )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Refuse limits that contradict each other: no request could ever meet them, or a default would break them."""
+        ordered = (
+            ("timeout_min_s", "timeout_default_s"),
+            ("timeout_default_s", "timeout_max_s"),
+            ("cpu_min_millis", "cpu_max_millis"),
+            ("memory_min_bytes", "memory_max_bytes"),
+            ("medium_from_bytes", "large_from_bytes"),
+            ("inline_output_bytes", "output_bytes"),
+            ("code_bytes", "body_bytes"),
+            ("body_bytes", "batch_body_bytes"),
+        )
+        for lower, upper in ordered:
+            if getattr(self, lower) > getattr(self, upper):
+                raise ValueError(f"{lower} ({getattr(self, lower)}) must not exceed {upper} ({getattr(self, upper)})")
+        if self.profile_default not in self.profiles:
+            raise ValueError(
+                f"profile_default {self.profile_default!r} is not one of profiles: {', '.join(self.profiles)}"
+            )
+        for name, profile in self.profiles.items():
+            if not self.cpu_min_millis <= profile.cpu_millis <= self.cpu_max_millis:
+                raise ValueError(
+                    f"profiles.{name} asks for {format_cpu(profile.cpu_millis)} CPU, beyond cpu_min_millis to cpu_max_millis"
+                )
+            if not self.memory_min_bytes <= profile.memory_bytes <= self.memory_max_bytes:
+                raise ValueError(
+                    f"profiles.{name} asks for {format_memory(profile.memory_bytes)} memory, "
+                    "beyond memory_min_bytes to memory_max_bytes"
+                )
+        return self
 
     def size_class(self, memory_bytes: int) -> SizeClass:
         """Return the queue that an evaluation with this memory limit (bytes) waits in."""

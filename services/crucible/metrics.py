@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 REGISTRY = CollectorRegistry()
+# Memory, open files and CPU of the process itself, read when asked; nothing on systems without /proc.
+ProcessCollector(registry=REGISTRY)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 # From a cached check (1 ms) to a slow write; the API's promises sit at 0.1, 0.2, 0.5 and 1 s.
@@ -19,7 +21,7 @@ HTTP_REQUESTS = Counter(
 HTTP_SECONDS = Histogram(
     "http_request_duration_seconds",
     "Time to answer an HTTP request",
-    ["service", "route"],
+    ["service", "route", "code"],
     buckets=_REQUEST_BUCKETS,
     registry=REGISTRY,
 )
@@ -56,6 +58,15 @@ OBJECT_BYTES = Counter(
 )
 OUTBOX_LAG = Gauge("storage_outbox_oldest_seconds", "Age of the oldest event not yet published", registry=REGISTRY)
 EVENTS_PUBLISHED = Counter("event_published_total", "Events handed to the bus", ["type"], registry=REGISTRY)
+EVENTS_REDELIVERED = Counter(
+    "event_redelivered_total", "Events that a consumer had already seen and dropped", ["consumer"], registry=REGISTRY
+)
+EVENTS_OUT_OF_ORDER = Counter(
+    "event_out_of_order_total",
+    "Events that arrived before one that precedes them, so that the table was read again",
+    ["consumer"],
+    registry=REGISTRY,
+)
 DLQ_SIZE = Gauge("dlq_size", "Dead letters not yet replayed or deleted", registry=REGISTRY)
 SLOTS = Gauge("worker_slots", "Worker slots", ["size_class", "state"], registry=REGISTRY)
 BREAKER_OPEN = Gauge(

@@ -1,22 +1,47 @@
 """Configuration: one typed object read from the environment (`CRUCIBLE_...`, nested fields joined by `__`).
 
-The configuration reference in the documentation is generated from the descriptions here.
+A value that cannot be used is an error that names its variable, and so is a setting that does not exist. The configuration reference in
+the documentation is generated from the descriptions here.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from crucible.data_dir import default_data_dir
 from crucible.limits import Limits
 
+ENV_PREFIX = "CRUCIBLE_"
+ENV_DELIMITER = "__"
+
+# No shell stands between a service manager's file and us.
+FilePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used: one line per problem, each beginning with the name of the environment variable."""
+
+
+def env_name(*location: str | int) -> str:
+    """Return the environment variable that holds a setting (`"api", "port"` -> `CRUCIBLE_API__PORT`)."""
+    return ENV_PREFIX + ENV_DELIMITER.join(str(part).upper() for part in location)
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ApiSettings(_Section):
@@ -82,8 +107,10 @@ class DispatcherSettings(_Section):
         ge=64 * 1024**2,
         description="Memory for sandboxes on this node, bytes; unset: three quarters of the machine's",
     )
-    python: Path | None = Field(None, description="Interpreter inside sandboxes; unset: the one that runs the platform")
-    packages: Path | None = Field(None, description="Folder of extra packages that sandboxes may import, read-only")
+    python: FilePath | None = Field(
+        None, description="Interpreter inside sandboxes; unset: the one that runs the platform"
+    )
+    packages: FilePath | None = Field(None, description="Folder of extra packages that sandboxes may import, read-only")
     deadline_grace_seconds: float = Field(
         5.0, gt=0, description="How long after an evaluation's time limit the sandbox is ended from outside"
     )
@@ -111,17 +138,51 @@ class TracingSettings(_Section):
     """OpenTelemetry traces; off unless an endpoint is named."""
 
     otlp_endpoint: str | None = Field(
-        None, description="OTLP/HTTP endpoint, such as http://localhost:4318; unset: no tracing"
+        None, pattern=r"^https?://", description="OTLP/HTTP endpoint, such as http://localhost:4318; unset: no tracing"
     )
     sample_ratio: float = Field(1.0, ge=0, le=1, description="Share of submissions that are traced")
 
 
+class _Environment(EnvSettingsSource):
+    """The environment, read so that every mistake in it is found where its place is known."""
+
+    def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
+        """Leave what is not JSON as it is, for validation to refuse by name."""
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+    def __call__(self) -> dict[str, Any]:
+        """Read all settings.
+
+        Raises:
+            SettingsError: a variable has one underscore where a nested setting needs two; it would be ignored in silence.
+        """
+        for section, field in self.settings_cls.model_fields.items():
+            names = getattr(field.annotation, "model_fields", {})
+            for name in names:
+                if f"{ENV_PREFIX}{section}_{name}".lower() in self.env_vars:
+                    given = f"{ENV_PREFIX}{section}_{name}".upper()
+                    raise SettingsError(f"{given}: is not a setting; write {env_name(section, name)}")
+        return super().__call__()
+
+
 class Settings(BaseSettings):
-    """Everything that an installation may set."""
+    """Everything that an installation may set.
 
-    model_config = SettingsConfigDict(env_prefix="CRUCIBLE_", env_nested_delimiter="__", extra="ignore", frozen=True)
+    Raises:
+        SettingsError: a value that cannot be used, or a nested setting that does not exist.
+    """
 
-    data_dir: Path = Field(default_factory=default_data_dir, description="Where the `local` profile keeps everything")
+    # An empty variable is an unset one: compose files and unit files cannot leave a variable out.
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER, env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    data_dir: FilePath = Field(
+        default_factory=default_data_dir, description="Where the `local` profile keeps everything"
+    )
     internal_token: SecretStr | None = Field(
         None,
         description="Shared by the services for calls among themselves; unset in `local`, which makes one per start",
@@ -133,3 +194,26 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read arguments, then the environment; there is no other source."""
+        return init_settings, _Environment(settings_cls)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_variables(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            # Never the value: it may be a secret.
+            problems = error.errors(include_input=False, include_url=False, include_context=False)
+            lines = [f"{env_name(*found['loc'])}: {found['msg'].removeprefix('Value error, ')}" for found in problems]
+            raise SettingsError("\n".join(lines)) from None
