@@ -112,3 +112,8 @@ async def wait_until_async(
             deadline.note(value)
         deadline.check()
         await pause(poll)
+
+
+async def pass_time(seconds: float) -> None:
+    """Let time pass for its own sake: to choose a moment at random, or to give what must not happen its chance."""
+    await asyncio.sleep(seconds)
