@@ -11,14 +11,17 @@ import asyncio
 from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from crucible.evaluation import Reason, State
+from crucible.limits import SizeClass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
 
 class EventType(StrEnum):
@@ -34,6 +37,63 @@ class EventType(StrEnum):
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"
     COLLECTED = "collected"
+
+
+class EventData(BaseModel):
+    """What belongs to one type of event. Later versions add members and take none away, so readers ignore what they do not know."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class SubmittedData(EventData):
+    """Of `submitted`: what was asked for."""
+
+    priority: int = Field(description="Priority that was asked for")
+    size_class: SizeClass = Field(description="Queue that its memory limit puts it in")
+    replay_of: str | None = Field(None, description="The dead letter's evaluation that this one repeats")
+
+
+class QueuedData(EventData):
+    """Of `queued`: where it waits. A `queued` event with a `reason` means that an attempt was void."""
+
+    priority: int = Field(description="Priority that was asked for; waiting raises the effective one")
+    size_class: SizeClass = Field(description="Queue that it waits in")
+
+
+class ProvisioningData(EventData):
+    """Of `provisioning`: who has it."""
+
+    worker: str = Field(description="Worker that claimed it")
+
+
+class RunningData(EventData):
+    """Of `running`: where it runs."""
+
+    sandbox: str = Field(description="Name of its sandbox")
+
+
+class OutputData(EventData):
+    """Of `output`: how much there is to read. Not in the table; only the bus carries it."""
+
+    stdout_bytes: int | None = Field(None, ge=0, description="Standard output so far, bytes")
+    stderr_bytes: int | None = Field(None, ge=0, description="Standard error so far, bytes")
+
+
+class EndedData(EventData):
+    """Of the terminal events: how it ended. A number that nobody witnessed is null, never a default."""
+
+    exit_code: int | None = Field(None, description="Exit code, only if the code exited by itself")
+    signal: int | None = Field(None, description="Signal that ended it, if one did")
+    exception_type: str | None = Field(
+        None, description="Class of an uncaught exception, as the code's process told it"
+    )
+    peak_memory_bytes: int | None = Field(None, description="Most memory in use at a time, bytes")
+    cpu_seconds: float | None = Field(None, description="Processor time, seconds")
+    run_seconds: float | None = Field(None, description="Time from start to end of the run, seconds")
+
+
+class CollectedData(EventData):
+    """Of `collected`: nothing. All output is stored, and whatever the sandbox left may be deleted."""
 
 
 class Event(BaseModel):
@@ -55,9 +115,27 @@ class Event(BaseModel):
     reason: Reason | None = None
     detail: str | None = None
     data: dict[str, Any] = Field(
-        default_factory=dict, description="What belongs to the type, such as exit_code or priority"
+        default_factory=dict,
+        description="What belongs to the type; its members are those of the type's model in `DATA`",
     )
     cursor: str | None = Field(None, description="Where to resume a stream over all evaluations after this event")
+
+
+# The contract of `Event.data`; schemas and documentation are generated from it.
+DATA: Mapping[EventType, type[EventData]] = MappingProxyType(
+    {
+        EventType.SUBMITTED: SubmittedData,
+        EventType.QUEUED: QueuedData,
+        EventType.PROVISIONING: ProvisioningData,
+        EventType.RUNNING: RunningData,
+        EventType.OUTPUT: OutputData,
+        EventType.COMPLETED: EndedData,
+        EventType.FAILED: EndedData,
+        EventType.TIMEOUT: EndedData,
+        EventType.CANCELLED: EndedData,
+        EventType.COLLECTED: CollectedData,
+    }
+)
 
 
 class Lagged:
@@ -70,14 +148,20 @@ class EventBus(Protocol):
     def publish(self, event: Event) -> None:
         """Hand an event to every subscriber that wants it. Never blocks and never fails for a slow subscriber."""
 
-    def subscribe(self, wants: Callable[[Event], bool]) -> Any:
-        """Return a context manager giving an `asyncio.Queue` of `Event` and `Lagged`."""
+    def subscribe(self, wants: Callable[[Event], bool]) -> AbstractContextManager[asyncio.Queue[Event | Lagged]]:
+        """Return a context manager giving a queue of the events for which `wants` is true, and of `Lagged`."""
 
 
 class InProcessBus:
-    """The bus of the `local` profile: bounded queues in one event loop."""
+    """The bus of the `local` profile: bounded queues in one event loop.
+
+    Each subscriber hears its events in the order in which they were published. One that falls `capacity` events behind finds
+    `Lagged` in place of all that it has not read yet.
+    """
 
     def __init__(self, capacity: int = 1024) -> None:
+        if capacity < 2:
+            raise ValueError("a queue must hold at least the mark that it lagged, and the event after it")
         self._capacity = capacity
         self._subscribers: dict[asyncio.Queue[Event | Lagged], Callable[[Event], bool]] = {}
 

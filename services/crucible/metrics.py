@@ -58,15 +58,6 @@ OBJECT_BYTES = Counter(
 )
 OUTBOX_LAG = Gauge("storage_outbox_oldest_seconds", "Age of the oldest event not yet published", registry=REGISTRY)
 EVENTS_PUBLISHED = Counter("event_published_total", "Events handed to the bus", ["type"], registry=REGISTRY)
-EVENTS_REDELIVERED = Counter(
-    "event_redelivered_total", "Events that a consumer had already seen and dropped", ["consumer"], registry=REGISTRY
-)
-EVENTS_OUT_OF_ORDER = Counter(
-    "event_out_of_order_total",
-    "Events that arrived before one that precedes them, so that the table was read again",
-    ["consumer"],
-    registry=REGISTRY,
-)
 DLQ_SIZE = Gauge("dlq_size", "Dead letters not yet replayed or deleted", registry=REGISTRY)
 SLOTS = Gauge("worker_slots", "Worker slots", ["size_class", "state"], registry=REGISTRY)
 BREAKER_OPEN = Gauge(

@@ -77,7 +77,7 @@ class RunnerStatus(StrEnum):
 class RunnerReport(BaseModel):
     """What the runner writes when the run is over (JSON, at most 4 KiB so that it fits a container's termination message).
 
-    A report that contradicts itself (exited without a code, signalled without a signal) does not validate, and counts as none.
+    A report that contradicts itself (exited, but without a code) does not validate, and counts as none.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -100,8 +100,6 @@ class RunnerReport(BaseModel):
     def _whole(self) -> Self:
         if self.status is RunnerStatus.EXITED and self.exit_code is None:
             raise ValueError("exited, but with no exit code")
-        if self.status is RunnerStatus.SIGNALLED and self.signal is None:
-            raise ValueError("signalled, but by no signal")
         return self
 
 
@@ -165,7 +163,7 @@ def _cause(  # noqa: C901, PLR0911 - one line per cause, in order of authority
         case RunnerStatus.OUTPUT_LIMIT:
             return Reason.OUTPUT_LIMIT, report.detail or "wrote more output than is kept"
         case RunnerStatus.SIGNALLED:
-            return Reason.SIGNAL, f"ended by signal {report.signal}"
+            return Reason.SIGNAL, f"ended by signal {report.signal}" if report.signal else "ended by a signal"
         case RunnerStatus.RUNNER_ERROR:
             return Reason.SANDBOX_ERROR, report.detail or "the runner could not start the code"
         case RunnerStatus.MEMORY_LIMIT:
