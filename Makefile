@@ -66,7 +66,8 @@ lint-shell: setup-dev
 
 lint-workflows: setup-dev
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/zizmor --offline --quiet --no-progress --pedantic .github/workflows
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --offline --no-progress --pedantic .github
 
 lint-repository: setup-dev
 	$(BIN)/python scripts/check_repository.py
