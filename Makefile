@@ -79,6 +79,10 @@ lock-check: setup-dev ## Fail if requirements/ is not what pyproject.toml asks f
 lock: setup-dev ## Write requirements/ from pyproject.toml (UPGRADE=1 for the newest versions it allows)
 	scripts/lock $(if $(UPGRADE),--upgrade)
 
+.PHONY: openapi
+openapi: setup-dev ## Write docs/openapi.json from the API, sorted, with its digest
+	$(BIN)/crucible openapi
+
 .PHONY: format
 format: setup-dev ## Format the Python code and apply the linter's safe fixes
 	$(BIN)/ruff check --fix .
