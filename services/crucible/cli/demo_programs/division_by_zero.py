@@ -1,0 +1,3 @@
+"""Fails with an exception that nobody catches."""
+
+print(1 / 0)

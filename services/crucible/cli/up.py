@@ -1,0 +1,177 @@
+"""`crucible up`: the whole platform in the foreground, until Ctrl-C.
+
+Everything heavy is imported only once the command runs. The platform itself is composed in `crucible.local`; here it is only
+started, announced, and told when to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crucible.cli.client import Client, UnreachableError
+from crucible.cli.exit_codes import ExitCode
+from crucible.cli.explain import facts_table
+from crucible.cli.session import Session, offline_command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from crucible.cli.client import Document
+    from crucible.local.platform import Platform
+    from crucible.settings import Settings
+
+
+class NotStartedError(Exception):
+    """The platform did not start on this machine."""
+
+
+def local_settings(data_dir: Path | None, port: int | None = None, host: str | None = None) -> Settings:
+    """Return the settings of the environment, with what the command line says on top.
+
+    Raises:
+        typer.BadParameter: a setting in the environment is not usable.
+    """
+    from pydantic import ValidationError  # noqa: PLC0415 - slow to import, and only this needs it
+
+    from crucible.settings import Settings  # noqa: PLC0415 - the same
+
+    try:
+        settings = Settings()
+        changes = {name: value for name, value in (("port", port), ("host", host)) if value is not None}
+        api = settings.api.model_copy(update=changes)
+        return settings.model_copy(update={"api": api, **({"data_dir": data_dir.absolute()} if data_dir else {})})
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"CRUCIBLE_{'__'.join(map(str, found['loc'])).upper()}: {found['msg']}" for found in error.errors()
+        )
+        raise typer.BadParameter(wrong, param_hint="environment") from None
+
+
+@offline_command
+def up(
+    session: Session,
+    *,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="CRUCIBLE_DATA_DIR", help="Where everything is kept; by default the XDG data folder."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", show_default="8080")
+    ] = None,
+) -> None:
+    """Run the platform here, in the foreground. Ctrl-C drains and stops it; a second Ctrl-C stops it at once."""
+    settings = local_settings(data_dir, port, host)
+    from crucible import logs  # noqa: PLC0415 - slow to import, and only this needs it
+
+    logs.configure("crucible", settings.log)
+    with platform_errors(session):
+        asyncio.run(_serve(session, settings))
+
+
+@contextmanager
+def platform_errors(session: Session) -> Iterator[None]:
+    """Report why a platform did not start, and leave with the exit code for it."""
+    from crucible.local.platform import AlreadyRunningError  # noqa: PLC0415 - slow to import, and only this needs it
+
+    try:
+        yield
+    except AlreadyRunningError as error:
+        server = {key: error.server.get(key) for key in ("url", "pid")}
+        session.report({"type": "about:blank", "title": "Already running", "detail": str(error), **server})
+        raise typer.Exit(ExitCode.ALREADY_RUNNING) from None
+    except NotStartedError as error:
+        session.report({"type": "about:blank", "title": "The platform did not start", "detail": str(error)})
+        raise typer.Exit(ExitCode.UNAVAILABLE) from None
+
+
+async def start(platform: Platform) -> None:
+    """Start a platform.
+
+    Raises:
+        AlreadyRunningError: another one holds the data folder.
+        NotStartedError: it did not start; the message says why.
+    """
+    from crucible.local.platform import AlreadyRunningError  # noqa: PLC0415 - slow to import, and only this needs it
+
+    try:
+        await platform.start()
+    except AlreadyRunningError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise NotStartedError(str(error)) from error
+
+
+async def _serve(session: Session, settings: Settings) -> None:
+    from crucible.local.platform import Platform  # noqa: PLC0415 - slow to import, and only this needs it
+
+    platform = Platform(settings)
+    stop = asyncio.Event()
+    _on_signals(session, stop)
+    starting = asyncio.create_task(start(platform))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        with suppress(asyncio.CancelledError):
+            await starting
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    await starting
+    try:
+        document = await asyncio.to_thread(announcement, platform)
+        session.emit(document, lambda: facts_table(_facts(document)))
+        await stopping
+        session.note("draining: nothing new is taken, what runs may finish; Ctrl-C again stops at once")
+        await platform.drain()
+    finally:
+        await platform.aclose()
+    session.note("stopped")
+
+
+def _on_signals(session: Session, stop: asyncio.Event) -> None:
+    """First signal: drain. Second: leave at once; the children's lives hang on ours, and the next start recovers the rest."""
+
+    def stopped() -> None:
+        if stop.is_set():
+            session.note("stopped at once; what ran is queued again at the next start")
+            sys.stdout.flush()
+            os._exit(ExitCode.INTERRUPTED)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped)
+
+
+def announcement(platform: Platform) -> Document:
+    """Return what a person must know of a platform that has just started. Blocks for one request to it."""
+    nodes = []
+    with suppress(UnreachableError):
+        nodes = Client(platform.url, platform.api_key).get("/v1/capacity")["nodes"]
+    return {
+        "url": platform.url,
+        "api_key": platform.api_key,
+        "data_dir": str(platform.settings.data_dir),
+        "sandbox": nodes[0]["runtime"] if nodes else platform.runtime,
+        "pid": os.getpid(),
+    }
+
+
+def _facts(document: Document) -> list[tuple[str, str]]:
+    return [
+        ("Crucible is up", document["url"]),
+        ("API key", document["api_key"]),
+        ("documentation", f"{document['url']}/docs"),
+        ("data", document["data_dir"]),
+        ("sandboxes", document["sandbox"]),
+        ("try", "crucible submit --code 'print(6 * 7)' --follow"),
+        ("stop", "Ctrl-C"),
+    ]
