@@ -79,11 +79,10 @@ _MAX_CHARACTERS = 16_384
 
 
 def _clean_text(text: str) -> str:
-    if len(text) > _MAX_CHARACTERS:
-        text = f"{text[:_MAX_CHARACTERS]} [... {len(text) - _MAX_CHARACTERS} characters more]"
+    kept, more = text[:_MAX_CHARACTERS], len(text) - _MAX_CHARACTERS
     for shape in _SECRET_SHAPES:
-        text = shape.sub(rf"\g<keep>{REDACTED}", text)
-    return text
+        kept = shape.sub(rf"\g<keep>{REDACTED}", kept)
+    return f"{kept} [... {more} characters more]" if more > 0 else kept
 
 
 def _hides(name: str) -> bool:
@@ -146,11 +145,9 @@ def _clean(value: Any, depth: int) -> Any:
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Replace whatever may hold a secret or a person's code, at any depth; a structlog processor."""
-    for name, value in event.items():
-        # What begins with an underscore is structlog's own and is taken out before rendering.
-        if not name.startswith("_"):
-            event[name] = REDACTED if _hides(name) else _clean(value, 0)
-    return event
+    # What begins with an underscore is structlog's own and is taken out before rendering.
+    own = {name: value for name, value in event.items() if name.startswith("_")}
+    return own | _clean_mapping({name: value for name, value in event.items() if name not in own}, -1)
 
 
 def _speakable(value: Any) -> Any:
