@@ -50,14 +50,13 @@ class SubmittedData(EventData):
 
     priority: int = Field(description="Priority that was asked for")
     size_class: SizeClass = Field(description="Queue that its memory limit puts it in")
-    replay_of: str | None = Field(None, description="The dead letter's evaluation that this one repeats")
 
 
 class QueuedData(EventData):
-    """Of `queued`: where it waits. A `queued` event with a `reason` means that an attempt was void."""
+    """Of `queued`: where it waits. Of one that is queued again nothing is repeated; `reason` and `detail` then say why."""
 
-    priority: int = Field(description="Priority that was asked for; waiting raises the effective one")
-    size_class: SizeClass = Field(description="Queue that it waits in")
+    priority: int | None = Field(None, description="Priority that was asked for; a long wait raises the effective one")
+    size_class: SizeClass | None = Field(None, description="Queue that it waits in")
 
 
 class ProvisioningData(EventData):
@@ -69,31 +68,32 @@ class ProvisioningData(EventData):
 class RunningData(EventData):
     """Of `running`: where it runs."""
 
-    sandbox: str = Field(description="Name of its sandbox")
+    sandbox: str | None = Field(
+        None, description="Name of its sandbox; absent where the start was learned only with the end"
+    )
 
 
 class OutputData(EventData):
     """Of `output`: how much there is to read. Not in the table; only the bus carries it."""
 
-    stdout_bytes: int | None = Field(None, ge=0, description="Standard output so far, bytes")
-    stderr_bytes: int | None = Field(None, ge=0, description="Standard error so far, bytes")
+    stdout_bytes: int = Field(ge=0, description="Standard output so far, bytes")
+    stderr_bytes: int = Field(ge=0, description="Standard error so far, bytes")
+    frames: int = Field(ge=0, description="Pieces of output so far, both streams together")
 
 
 class EndedData(EventData):
-    """Of the terminal events: how it ended. A number that nobody witnessed is null, never a default."""
+    """Of the terminal events: how it ended. A number that nobody witnessed is absent, never a default."""
 
     exit_code: int | None = Field(None, description="Exit code, only if the code exited by itself")
-    signal: int | None = Field(None, description="Signal that ended it, if one did")
+    signal: int | None = Field(None, description="Number of the signal that ended it, if one did")
     exception_type: str | None = Field(
         None, description="Class of an uncaught exception, as the code's process told it"
     )
-    peak_memory_bytes: int | None = Field(None, description="Most memory in use at a time, bytes")
-    cpu_seconds: float | None = Field(None, description="Processor time, seconds")
     run_seconds: float | None = Field(None, description="Time from start to end of the run, seconds")
 
 
 class CollectedData(EventData):
-    """Of `collected`: nothing. All output is stored, and whatever the sandbox left may be deleted."""
+    """Of `collected`: nothing. All output is stored, and what a cluster keeps of the sandbox may be deleted."""
 
 
 class Event(BaseModel):
