@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.scripts import load_script
+from tests.support.scripts import SCRIPTS, load_script
 
 pytestmark = pytest.mark.unit
 
@@ -107,3 +110,42 @@ def test_a_junit_report_becomes_a_summary_and_an_annotation_at_the_failure(
 def test_a_tier_that_wrote_no_report_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     junit.main(str(tmp_path))
     assert capsys.readouterr().out == ""
+
+
+def test_set_up_says_which_python_it_was_given_and_what_it_needs(tmp_path: Path):
+    old = tmp_path / "python3.10"
+    old.write_text('#!/bin/sh\ncase "$2" in *version_info\\[*) echo 3.10.4 ;; *) exit 1 ;; esac\n')
+    old.chmod(0o755)
+    checkout = tmp_path / "checkout"
+    shutil.copytree(SCRIPTS, checkout / "scripts")
+    shutil.copytree(SCRIPTS.parent / "requirements", checkout / "requirements")
+    shutil.copy(SCRIPTS.parent / "pyproject.toml", checkout)
+    done = subprocess.run(
+        [checkout / "scripts" / "setup", "run"],
+        env={"PATH": os.environ["PATH"], "CRUCIBLE_PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"setup: CRUCIBLE_PYTHON={old} is not Python 3.11 or later (it says: 3.10.4)\n"
+    assert not (checkout / ".venv").exists()
+
+
+def test_shell_scripts_are_known_by_name_or_by_first_line(tmp_path: Path):
+    (tmp_path / "run").write_text("#!/usr/bin/env bash\n")
+    (tmp_path / "posix").write_text("#!/bin/sh\n")
+    (tmp_path / "named.sh").write_text("true\n")
+    (tmp_path / "tool").write_text("#!/usr/bin/env python3\n")
+    (tmp_path / "notes").write_bytes(b"\xff\x00 no script")
+    (tmp_path / "code.py").write_text("#!/bin/sh\n")
+    names = ["run", "posix", "named.sh", "tool", "notes", "code.py", "gone"]
+    done = subprocess.run(
+        [SCRIPTS / "shell-files"],
+        input="\n".join(names) + "\n",
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["run", "posix", "named.sh"]
