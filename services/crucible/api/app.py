@@ -47,6 +47,8 @@ def make_api_app(api: Api) -> FastAPI:
         openapi_tags=_TAGS,
         generate_unique_id_function=operation_id,
         redoc_url=None,
+        # A path with a slash too many is not there; a redirect would be made from the caller's own Host header.
+        redirect_slashes=False,
     )
     app.state.api = api
     for part in (evaluations, outputs, events, capacity, admin, about):

@@ -88,6 +88,11 @@ class Streams:
         self._idle.set()
         self.closing = False
 
+    @property
+    def count(self) -> int:
+        """Streams and long-polls that are open now."""
+        return len(self._listeners)
+
     @contextmanager
     def listen(self, wants: Callable[[Event], bool]) -> Iterator[Listener]:
         """Listen for as long as the context is open. Begin before reading the table, so that nothing falls in between."""
