@@ -111,3 +111,7 @@ def _report_mistake(error: Exception) -> None:
         Session(as_json=True).report({"type": "about:blank", "title": "A mistake in crucible", "detail": repr(error)})
     else:
         sys.excepthook(type(error), error, error.__traceback__)
+
+
+if __name__ == "__main__":
+    main()
