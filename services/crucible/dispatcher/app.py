@@ -1,0 +1,60 @@
+"""The dispatcher over HTTP, for the platform's own services only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, FastAPI, Path, Query
+
+from crucible import contracts as c
+from crucible.evaluation import EvaluationId, Reason
+from crucible.service import make_app, require_internal
+
+if TYPE_CHECKING:
+    from crucible.dispatcher.dispatcher import Dispatcher
+    from crucible.health import Health
+
+_MAX_WAIT_SECONDS = 60.0
+
+PathId = Annotated[EvaluationId, Path()]
+
+
+def make_dispatcher_app(dispatcher: Dispatcher, token: str, health: Health) -> FastAPI:
+    """Return the service. Starting and closing the dispatcher is the caller's.
+
+    Args:
+        dispatcher: what does the work.
+        token: the platform's internal token.
+        health: gets the dispatcher's own check.
+    """
+    health.add("sandboxes", dispatcher.problem)
+    app = make_app(
+        "dispatcher", health, title="Crucible dispatcher", description="Makes sandboxes; internal.", docs_url=None
+    )
+    guarded = [Depends(require_internal(token))]
+
+    @app.put("/internal/sandboxes/{evaluation_id}", dependencies=guarded)
+    async def create(evaluation_id: PathId, request: c.SandboxRequest) -> c.SandboxStatus:
+        return await dispatcher.create(evaluation_id, request)
+
+    @app.get("/internal/sandboxes/{evaluation_id}", dependencies=guarded)
+    async def wait(
+        evaluation_id: PathId,
+        attempt: Annotated[int, Query(ge=0)],
+        wait_seconds: Annotated[float, Query(ge=0, le=_MAX_WAIT_SECONDS)] = 0.0,
+    ) -> c.SandboxStatus:
+        return await dispatcher.wait(evaluation_id, attempt=attempt, wait_seconds=wait_seconds)
+
+    @app.delete("/internal/sandboxes/{evaluation_id}", dependencies=guarded)
+    async def stop(evaluation_id: PathId, reason: Reason) -> c.SandboxStatus:
+        return await dispatcher.stop(evaluation_id, reason)
+
+    @app.get("/internal/capacity", dependencies=guarded)
+    async def capacity() -> c.CapacityReport:
+        return dispatcher.capacity()
+
+    @app.post("/internal/capacity/check", dependencies=guarded)
+    async def check(wanted: c.CapacityCheck) -> c.CapacityAnswer:
+        return dispatcher.check(wanted.resources)
+
+    return app

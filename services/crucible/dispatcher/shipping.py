@@ -1,0 +1,188 @@
+"""Brings what one sandbox did into storage: that it runs, its output in batches, and how it ended; in that order, and nothing lost.
+
+A call that fails is made again until storage is back; meanwhile the sandbox's output waits, and the sandbox with it. Only one
+answer ends the trying: that the attempt is not the evaluation's own any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+from crucible import contracts as c
+from crucible import logs
+from crucible.frames import HEADER, MAX_PAYLOAD, Frame
+from crucible.resilience import CallFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from datetime import datetime
+
+    from crucible.clients import StorageClient
+    from crucible.outcome import Outcome
+
+log = logs.get_logger("shipping")
+
+# A follower sees output this late at most; a short run's whole output travels in one call.
+_FLUSH_SECONDS = 0.03
+_FLUSH_BYTES = 512 * 1024
+_BATCH_BYTES = MAX_PAYLOAD
+# Output that may wait here before the sandbox is made to wait.
+_ROOM_BYTES = 4 * 1024 * 1024
+_RETRY_FIRST_S = 0.1
+_RETRY_MAX_S = 5.0
+# Answers of storage that no repetition can change: there is no such evaluation, or the attempt is void.
+_FINAL_STATUSES = frozenset({404, 409})
+
+
+class StaleAttemptError(Exception):
+    """Storage refused: the attempt is void, or a cancel was asked for."""
+
+
+class Shipper:
+    """Ships one attempt. `run` does the work; the rest is told to it as it happens.
+
+    Args:
+        storage: where to.
+        evaluation_id: whose attempt.
+        attempt: its number.
+        actor: this dispatcher.
+        sandbox: name of the sandbox.
+        on_stale: called once when storage says that the attempt is void.
+    """
+
+    def __init__(
+        self,
+        storage: StorageClient,
+        evaluation_id: str,
+        attempt: int,
+        *,
+        actor: str,
+        sandbox: str,
+        on_stale: Callable[[], None],
+    ) -> None:
+        self._storage = storage
+        self._id = evaluation_id
+        self._attempt = attempt
+        self._actor = actor
+        self._sandbox = sandbox
+        self._on_stale = on_stale
+        self._started_at: datetime | None = None
+        self._announced = False
+        self._frames: list[Frame] = []
+        self._bytes = 0
+        self._batch = 0
+        self._due = False
+        self._outcome: Outcome | None = None
+        self._stale = False
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    def started(self, at: datetime) -> None:
+        """Tell that the code runs."""
+        self._started_at = at
+        self._wake.set()
+
+    def add(self, frame: Frame) -> None:
+        """Tell a piece of output."""
+        if self._stale:
+            return
+        if not self._frames:
+            asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush)
+        self._frames.append(frame)
+        self._bytes += HEADER.size + len(frame.payload)
+        if self._bytes >= _FLUSH_BYTES:
+            self._flush()
+        if self._bytes >= _ROOM_BYTES:
+            self._room.clear()
+
+    def _flush(self) -> None:
+        self._due = True
+        self._wake.set()
+
+    async def room(self) -> None:
+        """Wait while too much output is on its way already."""
+        await self._room.wait()
+
+    def finished(self, outcome: Outcome) -> None:
+        """Tell the end; nothing may be told after it."""
+        self._outcome = outcome
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Ship until the end is recorded, or the attempt has turned out to be void."""
+        while True:
+            try:
+                if self._started_at and not self._announced:
+                    await self._announce()
+                elif self._frames and (self._due or self._outcome):
+                    await self._ship_batch()
+                elif self._outcome:
+                    await self._finish(self._outcome)
+                    return
+                else:
+                    await self._wake.wait()
+                    self._wake.clear()
+            except StaleAttemptError:
+                if self._stale:
+                    return
+                self._become_stale()
+
+    def _become_stale(self) -> None:
+        """Drop the output of a void attempt. Its end is still told, since a recorded cancel waits for just that."""
+        self._stale = True
+        self._announced = True
+        self._frames.clear()
+        self._bytes = 0
+        self._room.set()
+        self._on_stale()
+
+    async def _announce(self) -> None:
+        running = c.Running(attempt=self._attempt, actor=self._actor, sandbox=self._sandbox)
+        await self._persist(lambda: self._storage.running(self._id, running))
+        self._announced = True
+
+    async def _ship_batch(self) -> None:
+        size, count = 0, 0
+        for frame in self._frames:
+            size += HEADER.size + len(frame.payload)
+            if count and size > _BATCH_BYTES:
+                break
+            count += 1
+        batch = self._frames[:count]
+        await self._persist(
+            lambda: self._storage.append_output(self._id, batch, attempt=self._attempt, batch=self._batch)
+        )
+        self._batch += 1
+        del self._frames[:count]
+        self._bytes -= sum(HEADER.size + len(frame.payload) for frame in batch)
+        self._due = self._bytes >= _FLUSH_BYTES
+        if self._frames and not self._due:
+            asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush)
+        if self._bytes < _ROOM_BYTES:
+            self._room.set()
+
+    async def _finish(self, outcome: Outcome) -> None:
+        finish = c.Finish(attempt=self._attempt, actor=self._actor, outcome=outcome, started_at=self._started_at)
+        await self._persist(lambda: self._storage.finish(self._id, finish))
+
+    async def _persist(self, call: Callable[[], Awaitable[object]]) -> None:
+        """Make a call until storage has taken it.
+
+        Raises:
+            StaleAttemptError: it never will.
+        """
+        pause = _RETRY_FIRST_S
+        while True:
+            try:
+                await call()
+            except CallFailedError as error:
+                if error.status in _FINAL_STATUSES:
+                    raise StaleAttemptError from error
+                log.warning("storage did not take it; trying again", evaluation_id=self._id, error=str(error))
+            else:
+                return
+            await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - spreads load, no secret
+            pause = min(pause * 2, _RETRY_MAX_S)
