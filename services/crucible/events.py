@@ -104,19 +104,19 @@ class Event(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    type: EventType
-    evaluation_id: str
+    type: EventType = Field(description="What happened")
+    evaluation_id: str = Field(description="To which evaluation")
     seq: int = Field(ge=1, description="Position among the evaluation's own events, from 1")
-    at: datetime
-    owner: str
+    at: datetime = Field(description="When it became true")
+    owner: str = Field(description="Whose evaluation it is")
     actor: str = Field(description="Who caused it: an owner, or a part of the platform")
-    state: State
+    state: State = Field(description="State of the evaluation after it")
     attempt: int = Field(0, ge=0, description="Which attempt at running it; 0 before the first")
-    reason: Reason | None = None
-    detail: str | None = None
+    reason: Reason | None = Field(None, description="Why it ended, or why an attempt was void")
+    detail: str | None = Field(None, description="The same in words, for people")
     data: dict[str, Any] = Field(
         default_factory=dict,
-        description="What belongs to the type; its members are those of the type's model in `DATA`",
+        description="What belongs to this type of event, such as exit_code or worker",
     )
     cursor: str | None = Field(None, description="Where to resume a stream over all evaluations after this event")
 

@@ -115,9 +115,9 @@ class ProblemDetails(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: str = Field(description="Path of the page that explains the problem", examples=["/problems/invalid-request"])
-    title: str
-    status: int
-    detail: str
+    title: str = Field(description="The kind of problem in words")
+    status: int = Field(description="HTTP status of the answer")
+    detail: str = Field(description="This occurrence in words")
     instance: str | None = Field(None, description="Identifies this occurrence in the logs")
     violations: list[Violation] | None = Field(
         None, description="Each broken rule: field, value, limit, what would be accepted"
