@@ -1,0 +1,1 @@
+"""Alembic's folder: how the database comes to have the schema of `crucible.storage.tables`."""

@@ -1,0 +1,406 @@
+"""The object store: large outputs in a folder or in S3, with a ledger in the database of what is where.
+
+The ledger (`objects`) decides; a backend only holds bytes. Before a copy is written anywhere, the table `object_garbage` says that it may
+be garbage, and the transaction that makes the copy count takes that entry out. So whatever dies in between leaves an entry that
+the sweep later acts on, and never bytes that nobody knows of. Keys are never used twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, S3Store
+
+from crucible import logs, metrics
+from crucible.contracts import BackendUsage, MigrateRequest, MigrateResult
+from crucible.problems import ProblemError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Sequence
+
+    from crucible.settings import StorageSettings
+    from crucible.storage.engine import Connection, Database, Row
+
+log = logs.get_logger("storage.objects")
+T = TypeVar("T")
+
+# Name of the folder under the data folder. A name and not a path, so that the data folder may be moved.
+LOCAL = "local"
+# How long a copy may be under way before the sweep takes it for abandoned.
+_ABANDONED = "1 hour"
+_SWEEP_BATCH = 100
+_STORE_ERRORS = (BaseError, OSError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A place for objects. `folder` is set where it is a local one."""
+
+    name: str
+    store: LocalStore | S3Store
+    folder: Path | None
+
+    @property
+    def kind(self) -> str:
+        """What the metrics call it."""
+        return "s3" if self.folder is None else "file"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object that has been written and does not count yet: `ObjectStore.adopt` makes it count."""
+
+    backend: str
+    key: str
+    size: int
+    sha256: bytes
+
+
+def _folder_backend(name: str, folder: Path) -> Backend:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Backend(name, LocalStore(folder, mkdir=True), folder)
+
+
+def _s3_backend(url: str, settings: StorageSettings) -> Backend:
+    parts = urlsplit(url)
+    config: dict[str, object] = {"region": settings.s3_region}
+    client: dict[str, object] = {"timeout": "30s", "connect_timeout": "5s"}
+    if settings.s3_endpoint is not None:
+        # Other S3 implementations rarely answer to bucket names as host names.
+        config |= {"endpoint": settings.s3_endpoint, "virtual_hosted_style_request": False}
+        client["allow_http"] = settings.s3_endpoint.startswith("http://")
+    store = S3Store(
+        parts.netloc,
+        prefix=parts.path.strip("/") or None,
+        config=config,  # type: ignore[arg-type]
+        client_options=client,  # type: ignore[arg-type]
+        retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)},
+    )
+    return Backend(url, store, None)
+
+
+def open_backend(url: str, settings: StorageSettings, data_dir: Path) -> Backend:
+    """Return the backend that a URL (`file:///path`, `s3://bucket/prefix`) or the name `local` stands for.
+
+    Raises:
+        ValueError: neither of these.
+    """
+    own = data_dir / "objects"
+    if url == LOCAL:
+        return _folder_backend(LOCAL, own)
+    parts = urlsplit(url)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        folder = Path(url2pathname(parts.path))
+        return _folder_backend(LOCAL if folder.resolve() == own.resolve() else url.rstrip("/"), folder)
+    if parts.scheme == "s3" and parts.netloc:
+        return _s3_backend(url.rstrip("/"), settings)
+    raise ValueError(f"{url!r} is not an object store; write file:///path or s3://bucket/prefix")
+
+
+def _make_durable(path: Path) -> None:
+    for place in (path, path.parent):
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class ObjectStore:
+    """All backends, and the ledger."""
+
+    def __init__(self, database: Database, settings: StorageSettings, data_dir: Path) -> None:
+        self._database = database
+        self._settings = settings
+        self._data_dir = data_dir
+        self._backends: dict[str, Backend] = {}
+        self._primary: Backend | None = None
+
+    def open(self) -> None:
+        """Open the configured backends and log once which is primary, why, and what else is read."""
+        named = self._settings.objects_url
+        self._primary = self._add(named or LOCAL)
+        for url in (*self._settings.objects_fallback_urls, LOCAL):
+            if url != LOCAL or named is None or (self._data_dir / "objects").is_dir():
+                self._add(url)
+        log.info(
+            "object store",
+            primary=self._primary.name,
+            why="objects_url names it" if named else "objects_url is unset: a folder under the data folder",
+            folder=str(self._primary.folder) if self._primary.folder else None,
+            fallbacks=[name for name in self._backends if name != self._primary.name],
+            fallbacks_are="read where the ledger says so or the primary lacks an object; never written by submissions",
+        )
+
+    def _add(self, url: str) -> Backend:
+        backend = open_backend(url, self._settings, self._data_dir)
+        return self._backends.setdefault(backend.name, backend)
+
+    @property
+    def primary(self) -> Backend:
+        """Where new objects go."""
+        if self._primary is None:
+            raise RuntimeError("the object store has not been opened")
+        return self._primary
+
+    # -- writing
+
+    async def write(self, name: str, data: bytes) -> StoredObject:
+        """Write an object to the primary. It stays garbage until it is adopted.
+
+        Raises:
+            ProblemError: `unavailable`, the backend does not take it.
+        """
+        key = f"{name}-{secrets.token_hex(4)}"
+        await self._mark_garbage(self.primary.name, key)
+        await self._put(self.primary, key, data)
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
+        return StoredObject(self.primary.name, key, len(data), digest)
+
+    async def adopt(self, connection: Connection, stored: StoredObject) -> int:
+        """Make an object count, within the caller's transaction, and return its id.
+
+        Raises:
+            ProblemError: `unavailable`, the sweep has taken it for abandoned; write it again.
+        """
+        await self._keep(connection, stored.backend, stored.key)
+        added: int = await connection.fetchval(
+            "INSERT INTO objects (key, backend, size, sha256) VALUES ($1, $2, $3, $4) RETURNING id",
+            stored.key,
+            stored.backend,
+            stored.size,
+            stored.sha256,
+        )
+        return added
+
+    async def _mark_garbage(self, backend: str, key: str) -> None:
+        await self._database.execute(
+            f"""INSERT INTO object_garbage (backend, key, due_at) VALUES ($1, $2, now() + interval '{_ABANDONED}')
+                ON CONFLICT (backend, key) DO UPDATE SET due_at = excluded.due_at""",  # noqa: S608 - a constant
+            backend,
+            key,
+        )
+
+    @staticmethod
+    async def _keep(connection: Connection, backend: str, key: str) -> None:
+        # The sweep deletes while it holds the entry: if it is still there now, the copy is too.
+        done = await connection.execute("DELETE FROM object_garbage WHERE backend = $1 AND key = $2", backend, key)
+        if done != "DELETE 1":
+            raise ProblemError("unavailable", "an object was swept before it could be used", retry_after=1)
+
+    @staticmethod
+    async def discard(connection: Connection, ids: Sequence[int]) -> tuple[int, int]:
+        """Take objects out of the ledger, within the caller's transaction; the sweep deletes them. Returns count and bytes."""
+        rows = await connection.fetch(
+            """WITH gone AS (DELETE FROM objects WHERE id = ANY($1) RETURNING backend, key, size),
+                    due AS (INSERT INTO object_garbage (backend, key, due_at) SELECT backend, key, now() FROM gone
+                            ON CONFLICT (backend, key) DO UPDATE SET due_at = excluded.due_at)
+               SELECT size FROM gone""",
+            list(ids),
+        )
+        return len(rows), sum(row["size"] for row in rows)
+
+    # -- reading
+
+    async def read(self, object_id: int, start: int = 0, length: int | None = None) -> bytes:
+        """Read a range of an object, from the backend that the ledger names, or any other that has it.
+
+        Raises:
+            ProblemError: `unavailable`, no backend gives it now; `not-found`, the ledger has no such object (any more).
+        """
+        row = await self._database.fetchrow("SELECT backend, key, size FROM objects WHERE id = $1", object_id)
+        if row is None:
+            raise ProblemError("not-found", "the output has been deleted")
+        wanted = row["size"] - start if length is None else length
+        if wanted <= 0:
+            return b""
+        named = self._backends.get(row["backend"])
+        others = [backend for backend in self._backends.values() if backend is not named]
+        for backend in ([named] if named else []) + others:
+            try:
+                return await self._get(backend, row["key"], start, wanted)
+            except _STORE_ERRORS as error:
+                log.warning(
+                    "an object could not be read",
+                    backend=backend.name,
+                    object=row["key"],
+                    error=f"{type(error).__name__}: {error}"[:500],
+                )
+        raise ProblemError("unavailable", "the object store does not give the output now", retry_after=2)
+
+    async def _measured(self, backend: Backend, op: str, size: int, call: Awaitable[T]) -> T:
+        started = time.perf_counter()
+        try:
+            result = await call
+        finally:
+            metrics.STORAGE_SECONDS.labels(backend.kind, op).observe(time.perf_counter() - started)
+        metrics.OBJECT_BYTES.labels(backend.kind, op).inc(size)
+        return result
+
+    async def _get(self, backend: Backend, key: str, start: int, length: int) -> bytes:
+        data = await self._measured(
+            backend, "get", length, obstore.get_range_async(backend.store, key, start=start, length=length)
+        )
+        if len(data) != length:
+            raise ValueError(f"{len(data)} bytes where {length} should be")
+        return bytes(data)
+
+    async def _put(self, backend: Backend, key: str, data: bytes) -> None:
+        try:
+            await self._measured(
+                backend, "put", len(data), obstore.put_async(backend.store, key, data, use_multipart=False)
+            )
+            if backend.folder is not None:
+                await asyncio.to_thread(_make_durable, backend.folder / key)
+        except _STORE_ERRORS as error:
+            log.warning("an object could not be written", backend=backend.name, object=key, error=str(error)[:500])
+            raise ProblemError(
+                "unavailable", f"the object store {backend.name} takes nothing now", retry_after=2
+            ) from error
+
+    # -- moving
+
+    async def migrate(self, request: MigrateRequest) -> MigrateResult:
+        """Move some objects to another backend. May be killed and called again at any point.
+
+        Raises:
+            ProblemError: `invalid-request`, no such backend; `unavailable`, it takes nothing.
+        """
+        target = self._target(request.target)
+        rows = await self._database.fetch(
+            "SELECT * FROM objects WHERE backend <> $1 ORDER BY copy_failures, id LIMIT $2", target.name, request.limit
+        )
+        moved = moved_bytes = 0
+        failed = []
+        for row in rows:
+            if await self._move(row, target):
+                moved += 1
+                moved_bytes += row["size"]
+            else:
+                failed.append(row["key"])
+        remaining = await self._database.fetchval("SELECT count(*) FROM objects WHERE backend <> $1", target.name)
+        await self.sweep()
+        return MigrateResult(moved=moved, moved_bytes=moved_bytes, remaining=remaining, failed=failed)
+
+    def _target(self, url: str) -> Backend:
+        found = self._backends.get(url.rstrip("/"))
+        if found is not None:
+            return found
+        try:
+            return self._add(url)
+        except _STORE_ERRORS as error:
+            raise ProblemError("invalid-request", str(error)) from error
+
+    async def _move(self, row: Row, target: Backend) -> bool:
+        source = self._backends.get(row["backend"])
+        if source is None:
+            log.error("an object lies in a backend that is not configured", backend=row["backend"], object=row["key"])
+            return await self._failed(row)
+        try:
+            data = await self._get(source, row["key"], 0, row["size"])
+        except _STORE_ERRORS as error:
+            log.warning(
+                "an object could not be read to be moved", backend=source.name, object=row["key"], error=str(error)
+            )
+            return await self._failed(row)
+        await self._mark_garbage(target.name, row["key"])
+        await self._put(target, row["key"], data)
+        copy = await self._get(target, row["key"], 0, row["size"])
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(copy).digest())
+        if digest != row["sha256"]:
+            # The copy stays marked as garbage and is swept; the original stays where it is.
+            log.error(
+                "a copied object does not match its sha256", source=source.name, target=target.name, object=row["key"]
+            )
+            return await self._failed(row)
+        return await self._switch(row, source, target)
+
+    async def _failed(self, row: Row) -> bool:
+        await self._database.execute("UPDATE objects SET copy_failures = copy_failures + 1 WHERE id = $1", row["id"])
+        return False
+
+    async def _switch(self, row: Row, source: Backend, target: Backend) -> bool:
+        async with self._database.transaction() as connection:
+            await self._keep(connection, target.name, row["key"])
+            done = await connection.execute(
+                "UPDATE objects SET backend = $3, copy_failures = 0 WHERE id = $1 AND backend = $2",
+                row["id"],
+                source.name,
+                target.name,
+            )
+            # Not there: deleted, or moved by someone else. Whichever copy then counts for nothing is garbage.
+            stale = source if done == "UPDATE 1" else target
+            await connection.execute(
+                """INSERT INTO object_garbage (backend, key, due_at) VALUES ($1, $2, now())
+                   ON CONFLICT (backend, key) DO UPDATE SET due_at = excluded.due_at""",
+                stale.name,
+                row["key"],
+            )
+        return True
+
+    # -- deleting
+
+    async def sweep(self) -> int:
+        """Delete copies that are due, unless the ledger has come to count on them. Returns how many."""
+        swept = 0
+        while True:
+            async with self._database.transaction() as connection:
+                rows = await connection.fetch(
+                    """SELECT g.backend, g.key, o.id IS NOT NULL AS counts
+                         FROM object_garbage AS g LEFT JOIN objects AS o ON o.backend = g.backend AND o.key = g.key
+                        WHERE g.due_at <= now() AND g.backend = ANY($1)
+                        ORDER BY g.due_at LIMIT $2 FOR UPDATE OF g SKIP LOCKED""",
+                    list(self._backends),
+                    _SWEEP_BATCH,
+                )
+                done = []
+                for row in rows:
+                    if not row["counts"] and not await self._delete(row["backend"], row["key"]):
+                        # A backend that is away takes its time to say so; the rest waits for the next sweep.
+                        break
+                    done.append(row)
+                await connection.executemany(
+                    "DELETE FROM object_garbage WHERE backend = $1 AND key = $2",
+                    [(row["backend"], row["key"]) for row in done],
+                )
+            swept += len(done)
+            if len(done) < _SWEEP_BATCH:
+                return swept
+
+    async def _delete(self, name: str, key: str) -> bool:
+        backend = self._backends[name]
+        try:
+            await self._measured(backend, "delete", 0, obstore.delete_async(backend.store, key))
+        except FileNotFoundError:
+            return True
+        except _STORE_ERRORS as error:
+            log.warning("an object could not be deleted", backend=name, object=key, error=str(error)[:500])
+            return False
+        return True
+
+    async def usage(self) -> list[BackendUsage]:
+        """Report what each backend holds, by the ledger."""
+        rows = await self._database.fetch(
+            "SELECT backend, count(*) AS objects, sum(size)::bigint AS bytes FROM objects GROUP BY 1 ORDER BY 1"
+        )
+        held = {row["backend"]: row for row in rows}
+        return [
+            BackendUsage(
+                backend=name,
+                objects=held[name]["objects"] if name in held else 0,
+                bytes=held[name]["bytes"] if name in held else 0,
+            )
+            for name in sorted({*held, *self._backends})
+        ]

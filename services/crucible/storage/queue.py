@@ -1,0 +1,245 @@
+"""The queue's side of storage: claims in strict order, leases, and what can be said about what waits.
+
+The table is the queue. Within a size class the order is effective priority, then order of submission; `FOR UPDATE SKIP LOCKED`
+lets many claim at once without ever taking the same row. Whoever claims holds the row under a lease and an attempt number that
+is never used again, so that a holder that was given up for lost cannot speak for it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from crucible import logs
+from crucible.contracts import Claim, ClaimList, LeaseAnswer, QueueBand, QueuePosition, QueueReport
+from crucible.evaluation import State
+from crucible.limits import SizeClass
+from crucible.problems import ProblemError
+from crucible.storage.engine import timed
+from crucible.storage.records import evaluation_spec
+from crucible.storage.tables import HELD, QUEUED
+from crucible.storage.transitions import NOW, NULL, Chosen, Sql, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from crucible.contracts import ClaimRequest, LeaseRenewal
+    from crucible.storage.bell import Bell
+    from crucible.storage.engine import Database, Row
+    from crucible.storage.transitions import Lifecycle
+
+log = logs.get_logger("storage.queue")
+
+# A waiting claim looks again this often even if no bell rang.
+_POLL_S = 2.0
+_MOST_PER_CLAIM = 500
+AGING_LOCK = "hashtextextended('crucible.aging', 0)"
+
+# The shared lock keeps an aging pass, which holds row locks for a moment, from being skipped over.
+_NEXT = f"""
+SELECT q.id, q.seq
+  FROM (SELECT pg_advisory_xact_lock_shared({AGING_LOCK}) OFFSET 0) AS fence,
+       unnest($1::text[], $2::int[]) AS w(size_class, wanted)
+ CROSS JOIN LATERAL (
+       SELECT id, seq FROM evaluations
+        WHERE {QUEUED} AND size_class = w.size_class AND (queue_deadline IS NULL OR queue_deadline > now())
+        ORDER BY effective_priority DESC, number LIMIT w.wanted
+          FOR NO KEY UPDATE SKIP LOCKED) AS q"""  # noqa: S608 - constants
+
+_RENEW = f"""
+WITH held AS (SELECT * FROM unnest($1::text[], $2::int[]) AS h(id, attempt)),
+renewed AS (
+    UPDATE evaluations AS e SET lease_until = clock_timestamp() + make_interval(secs => $4)
+      FROM held AS h WHERE e.id = h.id AND e.attempt = h.attempt AND e.worker = $3 AND {HELD}
+ RETURNING e.id, e.cancel_reason IS NOT NULL AS cancelled
+)
+SELECT h.id, r.cancelled,
+       r.id IS NULL AND NOT EXISTS (
+           SELECT FROM evaluations AS e WHERE e.id = h.id AND e.attempt = h.attempt AND e.finished_at IS NOT NULL) AS lost
+  FROM held AS h LEFT JOIN renewed AS r ON r.id = h.id"""  # noqa: S608 - constants
+
+_BANDS = f"""
+SELECT size_class, effective_priority, count(*) AS waiting,
+       extract(epoch FROM now() - min(queued_at))::float8 AS oldest_seconds
+  FROM evaluations WHERE {QUEUED} GROUP BY 1, 2 ORDER BY 1, 2 DESC"""  # noqa: S608 - constants
+
+_RUNNING = f"SELECT size_class, count(*) AS held FROM evaluations WHERE {HELD} GROUP BY 1"  # noqa: S608 - constants
+
+_RECENT = 500
+_MEAN_HOLD = f"""
+SELECT size_class, avg(extract(epoch FROM finished_at - provisioning_at))::float8 AS seconds
+  FROM (SELECT size_class, finished_at, provisioning_at FROM evaluations
+         WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT {_RECENT}) AS recent
+ WHERE provisioning_at IS NOT NULL GROUP BY 1"""  # noqa: S608 - constants
+
+_AHEAD = f"""
+SELECT (SELECT count(*) FROM evaluations
+         WHERE {QUEUED} AND size_class = $1 AND effective_priority > $2)
+     + (SELECT count(*) FROM evaluations
+         WHERE {QUEUED} AND size_class = $1 AND effective_priority = $2 AND number < $3)"""  # noqa: S608 - constants
+
+# What a row forgets when its holder lets go of it.
+UNHELD = {
+    "worker": NULL,
+    "instance": NULL,
+    "lease_until": NULL,
+    "sandbox": NULL,
+    "provisioning_at": NULL,
+    "started_at": NULL,
+}
+
+
+class Queue:
+    """Hands out work and keeps the leases."""
+
+    def __init__(
+        self,
+        database: Database,
+        lifecycle: Lifecycle,
+        bell: Bell,
+        give_back: Callable[[str, int, str], Awaitable[object]],
+        *,
+        instance: str,
+        lease_seconds: float,
+    ) -> None:
+        self._database = database
+        self._lifecycle = lifecycle
+        self._bell = bell
+        self._give_back = give_back
+        self._instance = instance
+        self._lease_seconds = lease_seconds
+        self._returning: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
+
+    async def aclose(self) -> None:
+        """Answer every waiting claim with what there is, and finish giving back what could not be delivered."""
+        self._closing.set()
+        self._bell.ring_here(SizeClass)
+        await asyncio.gather(*self._returning, return_exceptions=True)
+
+    async def claim(self, request: ClaimRequest) -> ClaimList:
+        """Take up to `wanted` evaluations per size class, waiting for the first if there is none.
+
+        If the caller goes away while the claim is being made, what was claimed goes back to the queue.
+        """
+        wanted = {size: min(count, _MOST_PER_CLAIM) for size, count in request.wanted.items() if count > 0}
+        if not wanted:
+            return ClaimList(claims=[])
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + request.wait_seconds
+        while True:
+            # The ear goes to the bell before the look at the table: what comes in between is not missed.
+            with self._bell.listen(wanted) as rung:
+                claims = await self._undisturbed(request.worker, wanted)
+                left = deadline - loop.time()
+                if claims or left <= 0 or self._closing.is_set():
+                    return ClaimList(claims=claims)
+                try:
+                    await asyncio.wait_for(rung.wait(), min(left, _POLL_S))
+                except TimeoutError:
+                    continue
+
+    async def _undisturbed(self, worker: str, wanted: dict[SizeClass, int]) -> list[Claim]:
+        taking = asyncio.ensure_future(self._take(worker, wanted))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            returning = asyncio.create_task(self._return_all(taking))
+            self._returning.add(returning)
+            returning.add_done_callback(self._returning.discard)
+            raise
+
+    async def _return_all(self, taking: asyncio.Future[list[Claim]]) -> None:
+        try:
+            claims = await taking
+            for claim in claims:
+                await self._give_back(claim.evaluation_id, claim.attempt, "the worker that asked for it had gone")
+        except ProblemError as error:
+            # The lease will end and bring them back.
+            log.warning("claims that nobody waits for could not be given back", error=error.detail)
+
+    @timed("claim")
+    async def _take(self, worker: str, wanted: dict[SizeClass, int]) -> list[Claim]:
+        rows = await self._lifecycle.move(
+            Chosen(State.QUEUED, _NEXT, (list(wanted), list(wanted.values()))),
+            [Step(State.PROVISIONING, actor=worker, data={"worker": worker})],
+            {
+                "attempt": Sql("e.attempt + 1"),
+                "worker": worker,
+                "instance": self._instance,
+                "provisioning_at": NOW,
+                "lease_until": Sql(f"picked.at + make_interval(secs => {float(self._lease_seconds)!r})"),
+            },
+            payload=True,
+        )
+        return [self._claim(row) for row in rows]
+
+    def _claim(self, row: Row) -> Claim:
+        return Claim(
+            evaluation_id=row["id"],
+            attempt=row["attempt"],
+            owner=row["owner"],
+            spec=evaluation_spec(row),
+            lease_seconds=self._lease_seconds,
+            traceparent=row["traceparent"],
+        )
+
+    @timed("renew")
+    async def renew(self, renewal: LeaseRenewal) -> LeaseAnswer:
+        """Renew a worker's leases. What has ended as the worker's own is neither cancelled nor lost."""
+        if not renewal.held:
+            return LeaseAnswer()
+        rows = await self._database.fetch(
+            _RENEW,
+            [held.evaluation_id for held in renewal.held],
+            [held.attempt for held in renewal.held],
+            renewal.worker,
+            float(self._lease_seconds),
+        )
+        return LeaseAnswer(
+            cancelled=[row["id"] for row in rows if row["cancelled"]], lost=[row["id"] for row in rows if row["lost"]]
+        )
+
+    @timed("queue_report")
+    async def report(self) -> QueueReport:
+        """Say what waits, by size class and by the priority that the queue orders by."""
+        async with self._database.connection() as connection:
+            bands = await connection.fetch(_BANDS)
+            running = await connection.fetch(_RUNNING)
+        return QueueReport(
+            bands=[
+                QueueBand(
+                    size_class=row["size_class"],
+                    priority=row["effective_priority"],
+                    waiting=row["waiting"],
+                    oldest_seconds=max(0.0, row["oldest_seconds"]),
+                )
+                for row in bands
+            ],
+            running={SizeClass(row["size_class"]): row["held"] for row in running},
+            mean_hold_seconds=await self._mean_hold(),
+        )
+
+    async def _mean_hold(self) -> dict[SizeClass, float]:
+        rows = await self._database.fetch(_MEAN_HOLD)
+        return {SizeClass(row["size_class"]): row["seconds"] for row in rows}
+
+    @timed("position")
+    async def position(self, evaluation_id: str) -> QueuePosition:
+        """Say how many of its size class are ahead of an evaluation.
+
+        Raises:
+            ProblemError: `not-found`.
+        """
+        row = await self._database.fetchrow(
+            "SELECT state, size_class, effective_priority, number FROM evaluations WHERE id = $1", evaluation_id
+        )
+        if row is None:
+            raise ProblemError("not-found", f"there is no evaluation {evaluation_id}")
+        size = SizeClass(row["size_class"])
+        position = 0
+        if row["state"] == State.QUEUED:
+            ahead = await self._database.fetchval(_AHEAD, size, row["effective_priority"], row["number"])
+            position = ahead + 1
+        mean = (await self._mean_hold()).get(size)
+        return QueuePosition(position=position, size_class=size, mean_hold_seconds=mean)
