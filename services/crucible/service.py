@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from crucible import __version__, logs, metrics
 from crucible.auth import same
@@ -44,7 +45,7 @@ _OURS = frozenset({"internal", "unauthenticated", "forbidden", "method-not-allow
 _VIOLATIONS_SHOWN = 50
 _FIELD_SHOWN = 200
 _RETRY_AFTER_S = 2.0
-# RFC 9110 and RFC 5789. Any other word is one label value, since callers can make up as many as they like.
+# RFC 9110 and RFC 5789. In metrics any other word is one label value, since callers can make up as many as they like.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -104,6 +105,17 @@ def _instance(request: Request) -> str | None:
     return getattr(request.state, "request_id", None)
 
 
+def _allowed(request: Request) -> str:
+    """Return every method that the path knows; Starlette names only those of the first route with that path."""
+    found = (
+        method
+        for method in _METHODS
+        for route in request.app.router.routes
+        if route.matches({**request.scope, "method": method})[0] is Match.FULL
+    )
+    return ", ".join(sorted(set(found)))
+
+
 def _install_handlers(app: FastAPI) -> None:
     @app.exception_handler(ProblemError)
     async def problem(request: Request, error: ProblemError) -> Response:
@@ -129,9 +141,10 @@ def _install_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         slug = _SLUG_BY_STATUS.get(error.status_code, "internal" if error.status_code >= 500 else "malformed-json")
-        return problem_response(
-            ProblemError(slug, str(error.detail), headers=dict(error.headers or {})), _instance(request)
-        )
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(request)
+        return problem_response(ProblemError(slug, str(error.detail), headers=headers), _instance(request))
 
     @app.exception_handler(CallFailedError)
     async def call_failed(request: Request, error: CallFailedError) -> Response:

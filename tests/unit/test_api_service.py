@@ -799,6 +799,8 @@ JUNK = [
     ("GET", "/v1/evaluations/", "not-found"),
     ("PATCH", "/v1/evaluations", "method-not-allowed"),
     ("PUT", "/v1/me", "method-not-allowed"),
+    ("GET", "/v1/evaluations/batch", "method-not-allowed"),
+    ("DELETE", "/v1/dead-letters/replay", "method-not-allowed"),
     ("GET", "/v1/evaluations/not-an-id", "invalid-request"),
     ("GET", "/v1/evaluations/%00", "invalid-request"),
     ("GET", "/v1/evaluations/%ff%fe", "invalid-request"),
@@ -821,8 +823,20 @@ async def test_junk_is_answered_with_a_clean_problem(bench: Bench) -> None:
     for method, path, slug in JUNK:
         response = await bench.http.request(method, path)
         problem(response, slug)
-        if slug == "method-not-allowed":
-            assert response.headers["allow"]
+
+
+async def test_a_wrong_method_is_told_the_right_ones(bench: Bench) -> None:
+    for path, allowed in (
+        ("/v1/evaluations", "GET, POST"),
+        ("/v1/evaluations/batch", "POST"),
+        ("/v1/dead-letters/replay", "POST"),
+        ("/v1/keys", "GET, POST"),
+        ("/v1/keys/12345678", "DELETE"),
+        ("/v1/me", "GET"),
+    ):
+        response = await bench.http.request("PATCH", path)
+        problem(response, "method-not-allowed")
+        assert response.headers["allow"] == allowed
 
 
 async def test_times_at_the_edge_of_the_calendar_are_times(bench: Bench) -> None:

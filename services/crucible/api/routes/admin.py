@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from crucible.api import views
 from crucible.api.access import Admin, audit
-from crucible.api.answers import answer
+from crucible.api.answers import answer, only_post
 from crucible.api.body import read_model
 from crucible.api.core import Api, api_of
 from crucible.api.parameters import Cursor, KeyPath, LetterPath, PageSize, next_page
@@ -83,6 +83,9 @@ async def _replay_item(api: Api, letter_id: int) -> views.ReplayItem:
     else:
         return views.ReplayItem(id=letter_id, status="replayed", evaluation=view(record))
     return views.ReplayItem(id=letter_id, status="rejected", problem=views.problem_details(problem.body()))
+
+
+only_post(router, "/v1/dead-letters/replay")
 
 
 @router.post(

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from crucible import logs
 from crucible.api import views
 from crucible.api.access import Caller, audit, scope_of
-from crucible.api.answers import answer
+from crucible.api.answers import answer, only_post
 from crucible.api.core import api_of
 from crucible.api.outputs import UNTRUSTED
 from crucible.api.parameters import (
@@ -97,6 +97,9 @@ async def submit_batch_of_evaluations(
         retry_after=5 if over_quota else None,
         **result.model_dump(mode="json", exclude_none=True),
     )
+
+
+only_post(router, "/v1/evaluations/batch")
 
 
 @router.get(
