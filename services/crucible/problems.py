@@ -154,7 +154,8 @@ class ProblemError(Exception):
             violations=self.violations,
             **self.extra,
         )
-        body: dict[str, Any] = _speakable(details.model_dump(mode="json", exclude_none=True))
+        # Not pydantic's JSON mode, which fails on text that has no UTF-8 form before it can be escaped.
+        body: dict[str, Any] = _speakable(details.model_dump(exclude_none=True))
         return body
 
 
