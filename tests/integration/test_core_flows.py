@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import pytest_asyncio
 
 from tests.support.folders import scratch_dir
 from tests.support.platform import Client, running_platform
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
     from crucible.local.platform import Platform
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 
 
-@pytest.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def platform_and_client() -> AsyncIterator[tuple[Platform, Client]]:
     for folder in scratch_dir():
         async with running_platform(folder) as running:
@@ -32,10 +33,6 @@ async def platform_and_client() -> AsyncIterator[tuple[Platform, Client]]:
 @pytest.fixture(scope="module")
 def client(platform_and_client: tuple[Platform, Client]) -> Client:
     return platform_and_client[1]
-
-
-module_loop = pytest.mark.asyncio(loop_scope="module")
-pytestmark = [pytest.mark.integration, module_loop]
 
 
 async def test_an_evaluation_passes_through_every_state_and_tells_why_it_ended(client: Client) -> None:
@@ -183,7 +180,6 @@ async def test_cancels_racing_with_the_whole_life_leave_exactly_one_end(client: 
     async def one(n: int) -> str:
         submitted = await client.submit("print('x')", cpu_limit="1")
         for _ in range(n % 12):
-            await asyncio.sleep(0)
             await client.get(submitted["id"])
         await client.http.post(f"/v1/evaluations/{submitted['id']}/cancel")
         return str(submitted["id"])
