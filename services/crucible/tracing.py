@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import httpx
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from crucible.settings import TracingSettings
 
@@ -75,19 +75,31 @@ class Tracing:
         from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: PLC0415
 
         return OpenTelemetryMiddleware(
-            self._with_trace_id(app),
+            self._inside_span(app),
             excluded_urls=_UNTRACED,
             tracer_provider=self._provider,
             # One span a request; every chunk that is read or written is not news.
             exclude_spans=["receive", "send"],
         )
 
-    def _with_trace_id(self, app: ASGIApp) -> ASGIApp:
-        async def bound(scope: Scope, receive: Receive, send: Send) -> None:
-            with self._trace_id_in_logs():
-                await app(scope, receive, send)
+    def _inside_span(self, app: ASGIApp) -> ASGIApp:
+        from opentelemetry import trace  # noqa: PLC0415
 
-        return bound
+        async def traced(scope: Scope, receive: Receive, send: Send) -> None:
+            span = trace.get_current_span()
+
+            async def send_named(message: Message) -> None:
+                # Known only now, and the span ends with the last message. Ids in names would make each span a kind of its own.
+                route = getattr(scope.get("route"), "path", None)
+                if route is not None and message["type"] == "http.response.start":
+                    span.update_name(f"{scope['method']} {route}")
+                    span.set_attribute("http.route", route)
+                await send(message)
+
+            with self._trace_id_in_logs():
+                await app(scope, receive, send_named)
+
+        return traced
 
     @contextmanager
     def _trace_id_in_logs(self) -> Iterator[None]:

@@ -14,6 +14,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from crucible.settings import TracingSettings
 from crucible.tracing import Tracing
+from tests.support.capabilities import needs
+from tests.support.folders import scratch_dir
+from tests.support.platform import running_platform
 
 pytestmark = pytest.mark.integration
 
@@ -106,3 +109,20 @@ def test_a_collector_that_is_away_delays_neither_the_work_nor_the_shutdown_for_l
     started = perf_counter()
     tracing.shutdown()
     assert perf_counter() - started < 10.0
+
+
+@needs("postgres", "sandbox")
+async def test_one_trace_follows_an_evaluation_from_its_submission_to_its_end(collector: Collector) -> None:
+    for folder in scratch_dir():
+        async with running_platform(folder, tracing={"otlp_endpoint": collector.url}) as (_, client):
+            await client.run("print('hello')")
+    by_id = {span.span_id: span for span in collector.spans}
+    [submission] = [span for span in collector.spans if span.name == "POST /v1/evaluations"]
+    ours = [span for span in collector.spans if span.trace_id == submission.trace_id]
+    names = {span.name for span in ours}
+    # api -> storage, then, from the stored context, worker -> dispatcher -> storage
+    assert {"submit", "evaluation.run", "sandbox.run"} <= names
+    assert {"POST /internal/evaluations", "PUT /internal/sandboxes/{evaluation_id}"} <= names
+    assert "POST /internal/evaluations/{evaluation_id}/finish" in names
+    for span in ours:
+        assert span is submission or by_id[span.parent_span_id].trace_id == submission.trace_id

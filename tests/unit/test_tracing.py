@@ -53,6 +53,10 @@ def app_that_tells(seen: list[dict[str, Any]], then: httpx.AsyncClient | None = 
         if then:
             await then.get("/work")
 
+    @app.get("/things/{thing_id}")
+    async def thing(thing_id: str) -> str:
+        return thing_id
+
     @app.get("/healthz")
     async def healthz() -> None:
         seen.append(structlog.contextvars.get_contextvars())
@@ -93,6 +97,7 @@ async def test_one_trace_goes_through_every_service(tracing: Tracing, spans: InM
     assert [span.kind for span in found] == [SpanKind.INTERNAL, SpanKind.CLIENT, SpanKind.SERVER]
     assert len({span.context.trace_id for span in found}) == 1
     storage, call, api = found
+    assert api.name == storage.name == "GET /work"
     assert storage.parent is not None
     assert call.parent is not None
     assert (storage.parent.span_id, call.parent.span_id) == (call.context.span_id, api.context.span_id)
@@ -107,6 +112,15 @@ async def test_the_trace_id_is_bound_for_log_lines_and_let_go_after(
     [span] = spans.get_finished_spans()
     assert seen == [{"trace_id": f"{span.context.trace_id:032x}"}]
     assert "trace_id" not in structlog.contextvars.get_contextvars()
+
+
+async def test_spans_are_named_by_route_and_not_by_what_is_in_the_path(
+    tracing: Tracing, spans: InMemorySpanExporter
+) -> None:
+    async with client_of(tracing.wrap_app(app_that_tells([]))) as http:
+        await http.get("/things/ev-1")
+        await http.get("/things/ev-2")
+    assert {span.name for span in spans.get_finished_spans()} == {"GET /things/{thing_id}"}
 
 
 async def test_probes_make_no_spans(tracing: Tracing, spans: InMemorySpanExporter) -> None:

@@ -144,7 +144,9 @@ class Platform:
         storage_app = tracing.wrap_app(make_storage_app(storage, token, Health("storage", __version__)))
         storage_client = StorageClient(await self._client(storage_app, token, tracing))
 
-        dispatcher = Dispatcher(settings.dispatcher, settings.limits, storage_client, instance=self.instance)
+        dispatcher = Dispatcher(
+            settings.dispatcher, settings.limits, storage_client, instance=self.instance, tracing=tracing
+        )
         await dispatcher.start()
         stack.push_async_callback(dispatcher.aclose)
         self.runtime = dispatcher.runtime
