@@ -66,12 +66,11 @@ def _folder(data_dir: Path | None) -> Iterator[Path]:
 
 
 def _settings(folder: Path) -> Settings:
-    settings = local_settings(folder, port=0)
-    return settings.model_copy(
-        update={
-            "worker": settings.worker.model_copy(update={"slots": plan.SLOTS, "drain_seconds": 1.0}),
-            "log": settings.log.model_copy(update={"level": "error"}),
-        }
+    return local_settings(
+        data_dir=folder,
+        api={"port": 0},
+        worker={"slots": plan.SLOTS, "drain_seconds": 1},
+        log={"level": "error"},
     )
 
 

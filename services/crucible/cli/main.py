@@ -92,14 +92,12 @@ def _leave(code: int) -> NoReturn:
 def main() -> NoReturn:
     """Run the command and leave with one of the documented exit codes."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="crucible", standalone_mode=False)
     except TyperException as error:
         _report_usage(error)
         code = ExitCode.USAGE
     except typer.Abort:
         code = ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        code = ExitCode.READER_GONE
     except Exception as error:  # noqa: BLE001 - the last resort: a mistake of ours, told with its own exit code
         _report_mistake(error)
         code = ExitCode.INTERNAL

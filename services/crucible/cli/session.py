@@ -133,7 +133,8 @@ class Session:
 def local_data_dir() -> Path:
     """Return the data folder that the environment names, or the default: where `up` writes and the others look."""
     named = os.environ.get("CRUCIBLE_DATA_DIR")
-    return Path(named) if named else default_data_dir()
+    # As the settings read it, which would be slow to import here.
+    return Path(named).expanduser().absolute() if named else default_data_dir()
 
 
 def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., None]:
@@ -158,6 +159,8 @@ def _with_options(function: Callable[Concatenate[Session, P], None], shared: dic
         except UnreachableError as error:
             session.report(unreachable(error))
             raise typer.Exit(ExitCode.UNAVAILABLE) from None
+        except BrokenPipeError:
+            raise typer.Exit(ExitCode.READER_GONE) from None
 
     # typer reads the options from the signature: all but the session, and those that are shared.
     signature = inspect.signature(function, eval_str=True)

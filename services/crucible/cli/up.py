@@ -12,13 +12,14 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from crucible.cli.client import Client, UnreachableError
 from crucible.cli.exit_codes import ExitCode
 from crucible.cli.explain import facts_table
+from crucible.cli.requests import given
 from crucible.cli.session import Session, offline_command
 
 if TYPE_CHECKING:
@@ -33,26 +34,18 @@ class NotStartedError(Exception):
     """The platform did not start on this machine."""
 
 
-def local_settings(data_dir: Path | None, port: int | None = None, host: str | None = None) -> Settings:
-    """Return the settings of the environment, with what the command line says on top.
+def local_settings(**given: Any) -> Settings:
+    """Return the settings of the environment, with what is given here on top, section by section.
 
     Raises:
-        typer.BadParameter: a setting in the environment is not usable.
+        typer.BadParameter: a setting is not usable; the message names its environment variable.
     """
-    from pydantic import ValidationError  # noqa: PLC0415 - slow to import, and only this needs it
-
-    from crucible.settings import Settings  # noqa: PLC0415 - the same
+    from crucible.settings import Settings, SettingsError  # noqa: PLC0415 - slow to import, and only this needs it
 
     try:
-        settings = Settings()
-        changes = {name: value for name, value in (("port", port), ("host", host)) if value is not None}
-        api = settings.api.model_copy(update=changes)
-        return settings.model_copy(update={"api": api, **({"data_dir": data_dir.absolute()} if data_dir else {})})
-    except ValidationError as error:
-        wrong = "; ".join(
-            f"CRUCIBLE_{'__'.join(map(str, found['loc'])).upper()}: {found['msg']}" for found in error.errors()
-        )
-        raise typer.BadParameter(wrong, param_hint="environment") from None
+        return Settings(**given)
+    except SettingsError as error:
+        raise typer.BadParameter(str(error), param_hint="environment") from None
 
 
 @offline_command
@@ -69,7 +62,7 @@ def up(
     ] = None,
 ) -> None:
     """Run the platform here, in the foreground. Ctrl-C drains and stops it; a second Ctrl-C stops it at once."""
-    settings = local_settings(data_dir, port, host)
+    settings = local_settings(**given(data_dir=data_dir, api=given(host=host, port=port)))
     from crucible import logs  # noqa: PLC0415 - slow to import, and only this needs it
 
     logs.configure("crucible", settings.log)

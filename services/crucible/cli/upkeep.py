@@ -156,7 +156,14 @@ def _usage_view(found: Document) -> RenderableType:
 def migrate(
     session: Session,
     *,
-    to: Annotated[str, typer.Option("--to", metavar="BACKEND", help="Target, as `crucible storage usage` names it.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="URL",
+            help="file:///path or s3://bucket/prefix, or a name that `crucible storage usage` shows.",
+        ),
+    ],
 ) -> None:
     """Move all objects to another backend, each verified by its SHA-256. May be interrupted and called again."""
     client = session.client()
@@ -169,10 +176,12 @@ def migrate(
             done["moved"] += step["moved"]
             done["moved_bytes"] += step["moved_bytes"]
             done["remaining"] = step["remaining"]
-            done["failed"] = sorted({*done["failed"], *step["failed"]})
             progress.update(task, completed=done["moved"], total=done["moved"] + step["remaining"])
-            # A step that moves nothing would move nothing next time either: what is left has failed.
-            if step["remaining"] == 0 or step["moved"] == 0:
+            failed = {*done["failed"], *step["failed"]}
+            stuck = step["moved"] == 0 and len(failed) == len(done["failed"])
+            done["failed"] = sorted(failed)
+            # What failed is tried last, so a step in which only that is left ends the matter.
+            if step["remaining"] == 0 or stuck:
                 break
     session.emit(done, lambda: _migrated_view(done))
     if done["failed"] or done["remaining"]:
