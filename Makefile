@@ -42,7 +42,7 @@ setup-run:
 setup-dev:
 	@scripts/setup dev
 
-LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-workflows lint-repository lock-check
+LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-workflows lint-repository lint-docs lock-check
 .PHONY: lint $(LINTERS)
 lint: $(LINTERS) ## Every static check
 
@@ -72,6 +72,10 @@ lint-workflows: setup-dev
 lint-repository: setup-dev
 	$(BIN)/python scripts/check_repository.py
 
+lint-docs: setup-dev
+	$(BIN)/crucible openapi --check
+	$(BIN)/python -m crucible.reference --check
+
 lock-check: setup-dev ## Fail if requirements/ is not what pyproject.toml asks for
 	scripts/lock --check
 
@@ -79,9 +83,12 @@ lock-check: setup-dev ## Fail if requirements/ is not what pyproject.toml asks f
 lock: setup-dev ## Write requirements/ from pyproject.toml (UPGRADE=1 for the newest versions it allows)
 	scripts/lock $(if $(UPGRADE),--upgrade)
 
-.PHONY: openapi
+.PHONY: openapi docs
 openapi: setup-dev ## Write docs/openapi.json from the API, sorted, with its digest
-	$(BIN)/crucible openapi
+	$(BIN)/crucible openapi --output docs/openapi.json
+
+docs: openapi ## Write everything in docs/ that only repeats what the code says
+	$(BIN)/python -m crucible.reference
 
 .PHONY: format
 format: setup-dev ## Format the Python code and apply the linter's safe fixes
