@@ -41,6 +41,7 @@ _ROOT_RUNS_AS = "nobody"
 _LONGEST_SOCKET_DIR = 103 - len("/.s.PGSQL.5432")
 _START_SECONDS = 60.0
 _STOP_SECONDS = 15.0
+_LEFTOVER_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 _SETTINGS = {
     "listen_addresses": "",
@@ -251,17 +252,19 @@ class PostgresServer:
             return None
 
     async def _stop_leftover(self) -> None:
-        """Wait for a leftover server to follow its killed parent; tell it to where the kernel did not."""
-        deadline = asyncio.get_running_loop().time() + _STOP_SECONDS
+        """Wait for a leftover server to follow its killed parent; tell it to where the kernel did not, more firmly each time."""
         leftover = self._leftover()
-        while leftover and leftover.is_running() and leftover.status() != psutil.STATUS_ZOMBIE:
-            if asyncio.get_running_loop().time() > deadline:
-                raise PostgresError(
-                    f"a PostgreSQL (pid {leftover.pid}) still runs over {self._pgdata} and does not stop; end it and try again"
-                )
+        if leftover is None:
+            return
+        for sig in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
             with contextlib.suppress(psutil.Error):
-                leftover.send_signal(signal.SIGINT)
-            await asyncio.sleep(_POLL_SECONDS * 5)
+                leftover.send_signal(sig)
+            with contextlib.suppress(psutil.TimeoutExpired):
+                await asyncio.to_thread(leftover.wait, _LEFTOVER_SECONDS)
+                return
+        raise PostgresError(
+            f"a PostgreSQL (pid {leftover.pid}) still runs over {self._pgdata} and cannot be stopped; end it and try again"
+        )
 
     async def _launch(self, binaries: Path) -> None:
         deadline = asyncio.get_running_loop().time() + _START_SECONDS
@@ -280,7 +283,9 @@ class PostgresServer:
             self._process = await asyncio.create_subprocess_exec(
                 binaries / "postgres", "-D", self._pgdata, "-k", self._socket_dir, *options,
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, cwd="/", start_new_session=True,
-                preexec_fn=die_with_parent(signal.SIGINT), **self._identity(),
+                # "Immediate" shutdown: it works at every moment of a start, where SIGINT can leave the server waiting for
+                # itself, and whoever kills the platform gets what a crash gives: recovery at the next start, nothing lost.
+                preexec_fn=die_with_parent(signal.SIGQUIT), **self._identity(),
             )  # fmt: skip
         while self._process.returncode is None:
             lines = self._pid_file()

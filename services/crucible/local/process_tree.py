@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -22,8 +23,11 @@ def die_with_parent(sig: signal.Signals) -> Callable[[], None] | None:
         return None
     # Loaded here and not in the child: between fork and exec only the bare call is safe.
     prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
 
     def set_signal() -> None:
         prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
+        if os.getppid() != parent:  # it died before the kernel was told to watch it
+            os._exit(1)
 
     return set_signal
