@@ -126,7 +126,7 @@ def test_up_announces_itself_serves_and_stops_cleanly_on_ctrl_c(data_dir: Path, 
     up.interrupt()
     out, err = up.process.communicate(timeout=60)
     assert up.process.returncode == ExitCode.OK, err
-    for shown in (server["url"], server["api_key"], str(data_dir), "sandboxes"):
+    for shown in (server["url"], server["api_key"], str(data_dir), "limits held by"):
         assert shown in out
     assert "draining" in err
     assert "stopped" in err
@@ -148,7 +148,8 @@ def test_up_with_json_prints_one_document(data_dir: Path, started: list[Up]) -> 
     document = json.loads(out)
     assert {key: document[key] for key in ("url", "api_key", "pid")} == server
     assert document["data_dir"] == str(data_dir)
-    assert document["sandbox"]
+    assert document["sandbox"] in ("bubblewrap", "process")
+    assert document["limits_by"]
 
 
 def test_a_second_up_over_the_same_folder_says_where_the_first_is(data_dir: Path, started: list[Up]) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crucible.cli.client import Client, UnreachableError
 from crucible.cli.exit_codes import ExitCode
 from crucible.cli.explain import facts_table
 from crucible.cli.requests import given
@@ -119,7 +118,7 @@ async def _serve(session: Session, settings: Settings) -> None:
         raise typer.Exit(ExitCode.INTERRUPTED)
     await starting
     try:
-        document = await asyncio.to_thread(announcement, platform)
+        document = announcement(platform)
         session.emit(document, lambda: facts_table(_facts(document)))
         await stopping
         session.note("draining: nothing new is taken, what runs may finish; Ctrl-C again stops at once")
@@ -145,15 +144,13 @@ def _on_signals(session: Session, stop: asyncio.Event) -> None:
 
 
 def announcement(platform: Platform) -> Document:
-    """Return what a person must know of a platform that has just started. Blocks for one request to it."""
-    nodes = []
-    with suppress(UnreachableError):
-        nodes = Client(platform.url, platform.api_key).get("/v1/capacity")["nodes"]
+    """Return what a person must know of a platform that has just started."""
     return {
         "url": platform.url,
         "api_key": platform.api_key,
         "data_dir": str(platform.settings.data_dir),
-        "sandbox": nodes[0]["runtime"] if nodes else platform.runtime,
+        "sandbox": platform.runtime,
+        "limits_by": platform.limits_by,
         "pid": os.getpid(),
     }
 
@@ -164,7 +161,7 @@ def _facts(document: Document) -> list[tuple[str, str]]:
         ("API key", document["api_key"]),
         ("documentation", f"{document['url']}/docs"),
         ("data", document["data_dir"]),
-        ("sandboxes", document["sandbox"]),
+        ("sandboxes", f"{document['sandbox']}, limits held by {document['limits_by']}"),
         ("try", "crucible submit --code 'print(6 * 7)' --follow"),
         ("stop", "Ctrl-C"),
     ]

@@ -106,6 +106,11 @@ class Dispatcher:
         """Name of the way in which sandboxes are made."""
         return self._runtime.name
 
+    @property
+    def limits_by(self) -> str:
+        """What holds the sandboxes' limits, in words; known once started."""
+        return self._runtime.limits_by
+
     def problem(self) -> str | None:
         """Return why sandboxes cannot be made now, or None."""
         return "shutting down" if self._closing else None

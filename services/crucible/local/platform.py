@@ -79,6 +79,7 @@ class Platform:
         self.url = ""
         self.api_key = ""
         self.runtime = ""
+        self.limits_by = ""
         self._durable = durable
         self._stack = AsyncExitStack()
         self._api: Api | None = None
@@ -112,7 +113,7 @@ class Platform:
     async def drain(self) -> None:
         """Take nothing new, finish what can finish in time, and give the rest back to the queue."""
         if self._api:
-            self._api.drain()
+            await self._api.drain()
         if self._worker:
             await self._worker.drain()
 
@@ -149,7 +150,7 @@ class Platform:
         )
         await dispatcher.start()
         stack.push_async_callback(dispatcher.aclose)
-        self.runtime = dispatcher.runtime
+        self.runtime, self.limits_by = dispatcher.runtime, dispatcher.limits_by
         dispatcher_app = tracing.wrap_app(make_dispatcher_app(dispatcher, token, Health("dispatcher", __version__)))
         dispatcher_client = DispatcherClient(await self._client(dispatcher_app, token, tracing))
 

@@ -72,6 +72,10 @@ class Runtime(Protocol):
 
     name: str
 
+    @property
+    def limits_by(self) -> str:
+        """What holds memory, CPU and process limits here, in words; known once started."""
+
     async def start(self) -> None:
         """Get ready, and make sure by running one that sandboxes can be made.
 

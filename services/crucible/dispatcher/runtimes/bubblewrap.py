@@ -25,7 +25,7 @@ from crucible.dispatcher import seccomp
 from crucible.dispatcher.interpreter import PYTHON_FLAGS, Interpreter, describe
 from crucible.dispatcher.launch import Launch, Launcher
 from crucible.dispatcher.runtimes import RuntimeUnavailableError, SandboxSpec, SandboxStartError
-from crucible.dispatcher.runtimes.local import HostIds, open_groups, process_limit, runner_arguments
+from crucible.dispatcher.runtimes.local import HostIds, limits_by, open_groups, process_limit, runner_arguments
 from crucible.dispatcher.runtimes.probe import probe
 from crucible.dispatcher.sandbox import Channel, LaunchedSandbox
 
@@ -147,6 +147,11 @@ class BubblewrapRuntime:
         """Process id of the launcher."""
         return self._launcher.pid if self._launcher else None
 
+    @property
+    def limits_by(self) -> str:
+        """What holds memory, CPU and process limits here, in words; known once started."""
+        return limits_by(self._groups)
+
     # -- start
 
     async def start(self) -> None:
@@ -172,7 +177,7 @@ class BubblewrapRuntime:
         log.info(
             "sandboxes are ready",
             python=interpreter.version,
-            limits=f"control groups version {self._groups.version}" if self._groups else "the runner's own watch",
+            limits=self.limits_by,
             users="one of their own each" if os.geteuid() == 0 else "the platform's",
         )
 

@@ -31,6 +31,11 @@ _ADDRESS_SPACE_EXTRA = 4 * GIB
 _PER_NAMESPACE_COUNTS = (5, 14)
 
 
+def limits_by(groups: ControlGroups | None) -> str:
+    """Say what holds memory, CPU and process limits."""
+    return f"control groups version {groups.version}" if groups else "the runner's own watch"
+
+
 class HostIds:
     """Hands out host users to sandboxes, a different one to each, if the platform is root; else sandboxes share its user.
 

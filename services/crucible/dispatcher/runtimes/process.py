@@ -19,7 +19,7 @@ from crucible import logs
 from crucible.dispatcher.interpreter import PYTHON_FLAGS, describe
 from crucible.dispatcher.launch import Launch, Launcher
 from crucible.dispatcher.runtimes import RuntimeUnavailableError, SandboxSpec, SandboxStartError
-from crucible.dispatcher.runtimes.local import HostIds, open_groups, process_limit, runner_arguments
+from crucible.dispatcher.runtimes.local import HostIds, limits_by, open_groups, process_limit, runner_arguments
 from crucible.dispatcher.runtimes.probe import probe
 from crucible.dispatcher.sandbox import Channel, LaunchedSandbox
 
@@ -79,6 +79,11 @@ class ProcessRuntime:
     def launcher_pid(self) -> int | None:
         """Process id of the launcher."""
         return self._launcher.pid if self._launcher else None
+
+    @property
+    def limits_by(self) -> str:
+        """What holds memory, CPU and process limits here, in words; known once started."""
+        return limits_by(self._groups)
 
     async def start(self) -> None:
         """Get ready, and run one process.
