@@ -113,7 +113,7 @@ class Platform:
     async def drain(self) -> None:
         """Take nothing new, finish what can finish in time, and give the rest back to the queue."""
         if self._api:
-            await self._api.drain()
+            self._api.drain()
         if self._worker:
             await self._worker.drain()
 
