@@ -41,7 +41,7 @@ RULES = (
         "name packages, not the host they come from: that is each machine's own configuration",
     ),
     Rule(
-        re.compile(r"(?<![\w.])/(home|Users)/(?!(?:user|someone|runner)\b)[a-z]\w*"),
+        re.compile(r"(?<![\w.])/(home|Users)/(?!(?:user|someone|you|runner)\b)[a-z]\w*"),
         "make the path relative or configurable; this one exists on one machine",
     ),
     Rule(

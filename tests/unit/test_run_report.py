@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import capabilities
 from tests.support.capabilities import Capability, needs
-from tests.support.reporting import RunReport
+from tests.support.reporting import RunReport, unit_tier_line
 from tests.support.unit_tier import NetworkInUnitTierError
 
 pytestmark = pytest.mark.unit
@@ -91,6 +91,14 @@ def test_ci_fails_a_module_that_skips_itself(run: Run):
     failed = run(SKIPPED_MODULE, True)
     assert failed.ret not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     failed.stdout.fnmatch_lines(["*which fails in CI: * (it said: not today)"])
+
+
+@pytest.mark.parametrize(
+    ("took", "processor", "ending"),
+    [(4, 3.5, "on a processor"), (16, 8, "busy with other things"), (16, 12, "names the slow tests")],
+)
+def test_the_unit_tiers_line_tells_slow_tests_from_a_busy_machine(took: float, processor: float, ending: str):
+    assert unit_tier_line(took, processor).endswith(ending)
 
 
 def test_an_unknown_capability_is_a_mistake_that_names_the_known_ones():
