@@ -21,6 +21,6 @@ def answer(model: BaseModel, status: int = 200, headers: dict[str, str] | None =
 def only_post(router: APIRouter, path: str) -> None:
     """Answer 405 to every method but POST on a path that would otherwise be taken for an id in another route."""
 
-    @router.api_route(path, methods=["DELETE", "GET", "PATCH", "PUT"], include_in_schema=False)
+    @router.api_route(path, methods=["DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "PUT"], include_in_schema=False)
     async def refuse() -> Response:
         raise ProblemError("method-not-allowed", "only POST is known here", headers={"Allow": "POST"})

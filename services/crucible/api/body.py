@@ -50,10 +50,9 @@ def _check_headers(request: Request) -> None:
 
 
 def _too_large(limit: int) -> ProblemError:
-    # The rest of the body is not worth reading, and unread it cannot be told from the next request.
-    return ProblemError(
-        "body-too-large", f"the body is larger than {limit} bytes", limit=limit, headers={"Connection": "close"}
-    )
+    # The connection stays open: the server discards the rest, so that a client that is still sending finds the answer
+    # and not a broken pipe.
+    return ProblemError("body-too-large", f"the body is larger than {limit} bytes", limit=limit)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

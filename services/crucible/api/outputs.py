@@ -10,9 +10,10 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
+from fastapi.sse import KEEPALIVE_COMMENT
 
 from crucible.api.core import about
-from crucible.api.streams import KEEPALIVE_COMMENT, KEEPALIVE_SECONDS, sse
+from crucible.api.streams import KEEPALIVE_SECONDS, sse, whole
 from crucible.frames import Kind
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ async def chunks(api: Api, evaluation_id: str, stream: StreamName, span: Span, f
     sent = span.start + len(first)
     while sent < span.end:
         length = min(CHUNK_BYTES, span.end - sent)
-        data, _ = await api.storage.output(evaluation_id, stream, start=sent, length=length)
+        data, _ = await whole(api.storage.output(evaluation_id, stream, start=sent, length=length))
         if not data:
             raise OutputChangedError(f"{stream} of {evaluation_id} ended at byte {sent} of {span.end}")
         yield data
@@ -122,12 +123,12 @@ async def follow(
     with api.streams.listen(lambda event: about(event, evaluation_id)) as listener:
         while True:
             # The record first: if it has ended by now, the output read after it is complete.
-            record = await api.storage.get(evaluation_id)
+            record = await whole(api.storage.get(evaluation_id))
             if record.attempt != attempt:
                 if offset:
                     yield sse(event="reset", data={"attempt": record.attempt}, id=_position(record.attempt, 0))
                 attempt, offset = record.attempt, 0
-            while data := (await api.storage.output(evaluation_id, stream, start=offset, length=CHUNK_BYTES))[0]:
+            while data := (await whole(api.storage.output(evaluation_id, stream, start=offset, length=CHUNK_BYTES)))[0]:
                 if _incomplete(data) and not record.state.terminal:
                     break
                 part, used = text_part(data)
@@ -177,7 +178,7 @@ async def lines(api: Api, evaluation_id: str, frames: list[Frame], after: int) -
     counter = _Counter()
     while frames:
         yield b"".join(orjson.dumps(counter.message(frame)) + b"\n" for frame in frames)
-        frames, after = await first_frames(api, evaluation_id, after)
+        frames, after = await whole(first_frames(api, evaluation_id, after))
 
 
 async def first_frames(api: Api, evaluation_id: str, after: int = 0) -> tuple[list[Frame], int]:
@@ -194,13 +195,13 @@ async def follow_both(api: Api, evaluation_id: str, resume: tuple[int, ...] | No
     counter = _Counter(*place)
     with api.streams.listen(lambda event: about(event, evaluation_id)) as listener:
         while True:
-            record = await api.storage.get(evaluation_id)
+            record = await whole(api.storage.get(evaluation_id))
             if record.attempt != attempt:
                 if counter.moved:
                     yield sse(event="reset", data={"attempt": record.attempt}, id=_position(record.attempt, 0, 0, 0))
                 attempt, counter = record.attempt, _Counter()
             while True:
-                frames, after = await first_frames(api, evaluation_id, counter.number)
+                frames, after = await whole(first_frames(api, evaluation_id, counter.number))
                 for frame in frames:
                     message = counter.message(frame)
                     counter.number += 1

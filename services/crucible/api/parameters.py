@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlencode
 
 from fastapi import Header, Path, Query
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from crucible.api.views import OWNER_PATTERN
 from crucible.evaluation import EVALUATION_ID_PATTERN, IDEMPOTENCY_KEY_PATTERN
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # No evaluation is older or newer; within these bounds a time can be moved to any zone.
 _EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST = datetime(9999, 12, 30, tzinfo=UTC)
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 _VISIBLE_ASCII = r"^[\x21-\x7e]+$"
 
 
@@ -27,7 +29,14 @@ def _moment(value: datetime) -> datetime:
     return min(max(aware, _EARLIEST), _LATEST).astimezone(UTC)
 
 
-Moment = Annotated[datetime, AfterValidator(_moment)]
+def _written_out(value: object) -> object:
+    """Refuse what only pydantic would take for a time: a bare number."""
+    if isinstance(value, str) and not _DATE.match(value):
+        raise ValueError("a time is written as in RFC 3339, such as 2026-01-31T12:00:00Z")
+    return value
+
+
+Moment = Annotated[datetime, BeforeValidator(_written_out), AfterValidator(_moment)]
 IdPath = Annotated[
     str,
     Path(pattern=EVALUATION_ID_PATTERN, description="Id of an evaluation", examples=["ev-01jd3v8q6m0c3r5x7z9b1d3f5h"]),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import orjson
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from fastapi.sse import format_sse_event
 from starlette.responses import StreamingResponse
 
 from crucible import logs
@@ -19,7 +19,7 @@ from crucible.events import Event, Lagged
 from crucible.resilience import CallFailedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from typing import Any
 
     from starlette.requests import Request
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from crucible.events import EventBus
 
 log = logs.get_logger("streams")
+T = TypeVar("T")
 
 MEDIA_TYPE = "text/event-stream"
 # Proxies commonly close a connection that is silent for 60 s; the HTML standard suggests a comment about every 15 s.
@@ -122,6 +123,15 @@ class Streams:
             log.warning("streams are still open", count=len(self._listeners))
 
 
+async def whole(call: Awaitable[T]) -> T:
+    """Await a call that goes on by itself when the reader hangs up.
+
+    A stream whose reader has gone is cancelled wherever it stands. In `local` that would reach through the call into storage,
+    which would have to throw away a database connection.
+    """
+    return await asyncio.shield(call)
+
+
 async def _guarded(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield PREAMBLE
     try:
@@ -137,6 +147,3 @@ def stream_response(parts: AsyncIterator[bytes], headers: dict[str, str] | None 
     # no-transform and X-Accel-Buffering: a proxy that compresses or buffers would hold events back.
     unbuffered = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no", "Vary": "Accept"}
     return StreamingResponse(_guarded(parts), headers=unbuffered | (headers or {}), media_type=MEDIA_TYPE)
-
-
-__all__ = ["KEEPALIVE_COMMENT", "KEEPALIVE_SECONDS", "Listener", "Streams", "sse", "stream_response", "wants_stream"]

@@ -382,7 +382,12 @@ class NewKeyBody(Body):
         examples=["nightly suite"],
     )
     expires_in_days: float | None = Field(
-        None, gt=0, le=3650, allow_inf_nan=False, description="Days until the key stops working; absent: never"
+        None,
+        gt=0,
+        le=3650,
+        allow_inf_nan=False,
+        strict=True,
+        description="Days until the key stops working; absent: never",
     )
 
 
@@ -439,10 +444,10 @@ class CleanupBody(Body):
     """Which ended evaluations to delete."""
 
     older_than_days: float = Field(
-        ge=0, le=36_500, allow_inf_nan=False, description="Ended at least this many days ago"
+        ge=0, le=36_500, allow_inf_nan=False, strict=True, description="Ended at least this many days ago"
     )
     limit: int = Field(1000, ge=1, le=10_000, strict=True, description="Most evaluations to delete in this call")
-    dry_run: bool = Field(False, description="Only say what would be deleted")
+    dry_run: bool = Field(False, strict=True, description="Only say what would be deleted")
 
 
 class MigrateBody(Body):

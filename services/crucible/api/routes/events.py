@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request
+from fastapi.sse import KEEPALIVE_COMMENT
 from starlette.responses import Response
 
 from crucible.api import views
@@ -13,7 +14,7 @@ from crucible.api.answers import answer
 from crucible.api.core import Api, about, api_of
 from crucible.api.parameters import Cursor, IdPath, LastEventId, OwnerQuery
 from crucible.api.schema import GUARDED, errors, ok, or_stream
-from crucible.api.streams import KEEPALIVE_COMMENT, KEEPALIVE_SECONDS, sse, stream_response, wants_stream
+from crucible.api.streams import KEEPALIVE_SECONDS, sse, stream_response, wants_stream, whole
 from crucible.evaluation import Violation
 from crucible.events import Event, EventType
 from crucible.problems import ProblemError
@@ -51,13 +52,13 @@ async def _follow_one(api: Api, evaluation_id: str, after: int) -> AsyncIterator
     wanted = lambda event: about(event, evaluation_id) and event.type is not EventType.OUTPUT  # noqa: E731
     with api.streams.listen(wanted) as listener:
         while True:
-            events = (await api.storage.events(evaluation_id, after=after)).events
+            events = (await whole(api.storage.events(evaluation_id, after=after))).events
             for event in events:
                 yield _message(event, str(event.seq))
                 after = event.seq
                 if event.state.terminal:
                     return
-            if not events and (await api.storage.get(evaluation_id)).state.terminal:
+            if not events and (await whole(api.storage.get(evaluation_id))).state.terminal:
                 return
             if listener.closing:
                 return
@@ -97,11 +98,11 @@ async def _follow_all(api: Api, owner: str | None, cursor: str | None) -> AsyncI
     wanted = lambda event: event.type is not EventType.OUTPUT and owner in (None, event.owner)  # noqa: E731
     with api.streams.listen(wanted) as listener:
         if cursor is None:
-            cursor = (await api.storage.event_stream(owner=owner)).cursor
+            cursor = (await whole(api.storage.event_stream(owner=owner))).cursor
             # An id without data: a reader that is cut off before the first event resumes from here, not from later.
             yield sse(id=cursor)
         while not listener.closing:
-            page = await api.storage.event_stream(owner=owner, cursor=cursor, limit=_EVENTS_AT_ONCE)
+            page = await whole(api.storage.event_stream(owner=owner, cursor=cursor, limit=_EVENTS_AT_ONCE))
             for event in page.events:
                 yield _message(event, event.cursor)
             cursor = page.cursor or cursor
