@@ -237,3 +237,33 @@ def test_following_survives_a_restart_of_the_platform_without_a_lost_or_doubled_
     rest = follower.stdout.read()
     assert follower.wait(60) == ExitCode.OK
     assert first + rest == "".join(f"line {n}\n" for n in range(20))
+
+
+def test_following_through_a_kill_says_that_the_output_begins_again(data_dir: Path, started: list[Up]) -> None:
+    port = str(free_port())
+    started.append(up := Up(data_dir, "--port", port))
+    up.ready()
+    evaluation_id = up.submit("import time\nfor n in range(15): print('line', n, flush=True); time.sleep(0.1)")
+    up.wait_running(evaluation_id)
+    follower = subprocess.Popen(
+        [*CRUCIBLE, "logs", evaluation_id, "--follow"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=up.environment,
+    )
+    assert follower.stdout
+    assert follower.stderr
+    first = follower.stdout.readline()
+    up.process.kill()
+    up.process.communicate(timeout=30)
+    started.append(again := Up(data_dir, "--port", port))
+    again.ready()
+    shown = first + follower.stdout.read()
+    told = follower.stderr.read()
+    assert follower.wait(60) == ExitCode.OK
+    assert json.loads(again.crucible("status", evaluation_id, "--json"))["attempt"] == 2
+    whole = "".join(f"line {n}\n" for n in range(15))
+    assert shown.endswith(whole), "the attempt that counts is shown whole"
+    assert whole.startswith(shown.removesuffix(whole)), "what came before is the beginning of the lost one"
+    assert "begins again" in told

@@ -112,7 +112,7 @@ def test_a_lower_priority_that_was_taken_first_is_named() -> None:
 
 
 def test_size_classes_do_not_wait_for_each_other() -> None:
-    assert judge(altered("cpu_work", provisioning_at=(START - timedelta(seconds=1)).isoformat())).good
+    assert judge(altered("fork_bomb", provisioning_at=(START - timedelta(seconds=1)).isoformat())).good
     assert judge(altered("cpu_work", provisioning_at=(START + timedelta(hours=1)).isoformat())).good
 
 

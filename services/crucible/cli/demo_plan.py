@@ -119,7 +119,7 @@ def programs(reachable: str, secrets: str) -> list[Program]:
             (Ending("failed", "exception", 1, exception_type="SyntaxError"),),
             file="syntax_error.txt",
         ),
-        Program("fork_bomb", 7, (COMPLETED, Ending("failed", "exception")), attacks=True),
+        Program("fork_bomb", 7, (COMPLETED, Ending("failed", "exception")), memory_limit="512Mi", attacks=True),
         Program("exit_three", 4, (Ending("failed", "exit_nonzero", 3),)),
         Program("infinite_loop", 9, (Ending("timeout", "wall_clock"),), timeout_seconds=1),
         Program("stdin_echo", 3, stdin="shout\nthis\n", stdout="SHOUT\nTHIS\n"),
