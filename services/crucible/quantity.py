@@ -47,7 +47,7 @@ class QuantityError(ValueError):
 
 
 def _parse(text: str, example: str) -> Fraction:
-    match = _PATTERN.fullmatch(text) if len(text) <= _MAX_TEXT and text.isascii() else None
+    match = _PATTERN.fullmatch(text) if len(text) <= _MAX_TEXT else None
     if match is None:
         shown = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "..."
         raise QuantityError(f"{shown!a} is not a Kubernetes quantity; write for example {example}")

@@ -185,11 +185,10 @@ SHAPES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
-def test_a_secret_is_redacted(fields: dict[str, Any]) -> None:
-    line = shown(**fields)
-    assert SECRET not in line
-    assert json.loads(line)
+def test_a_secret_of_any_shape_is_redacted() -> None:
+    lines = {name: shown(**fields) for name, fields in SHAPES.items()}
+    assert {name: line for name, line in lines.items() if SECRET in line} == {}
+    assert all(json.loads(line) for line in lines.values())
 
 
 @pytest.mark.parametrize(
