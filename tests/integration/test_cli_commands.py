@@ -442,6 +442,11 @@ def test_where_no_platform_answers_the_exit_code_says_so(cli: Cli) -> None:
     assert b"crucible up" in cli.run("list", "--url", "http://127.0.0.1:1", code=ExitCode.UNAVAILABLE).stderr
 
 
+def test_what_is_no_platform_is_told_from_one(cli: Cli, platform: PlatformProcess) -> None:
+    # The API's own front page: it answers, but not with JSON.
+    assert "not a platform" in cli.problem("list", "--url", f"{platform.url}/?", code=ExitCode.UNAVAILABLE)["detail"]
+
+
 def test_a_usage_error_is_json_where_json_was_asked_for(cli: Cli) -> None:
     assert "FILE" in cli.problem("submit", code=ExitCode.USAGE)["detail"]
     assert b"Usage: crucible submit" in cli.run("submit", code=ExitCode.USAGE).stderr

@@ -88,6 +88,8 @@ def test_each_http_status_has_its_exit_code(status: int, code: int) -> None:
         ["submit", "--code", "1", "--count", "2", "--idempotency-key", "k"],
         ["submit", "--code", "1", "--label", "bad"],
         ["submit", "--code", "1", "--url", "nowhere"],
+        ["submit", "--code", "1", "--idempotency-key", "two\nlines"],
+        ["list", "--api-key", "ümlaut"],
         ["submit", "does-not-exist.py"],
         ["capacity", "--memory", "1Gi"],
         ["list", "--since", "yesterday"],

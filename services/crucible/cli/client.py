@@ -161,7 +161,10 @@ class Client:
         """
         with self._open(method, path, params=params, body=body, headers=headers, timeout=timeout) as response:
             content = response.read()
-        return json.loads(content) if content else None
+        try:
+            return json.loads(content) if content else None
+        except ValueError:
+            raise UnreachableError(f"what answers at {self.url} is not a platform: its answer is not JSON") from None
 
     def get(self, path: str, **params: Any) -> Any:
         """Read a JSON document. Errors as of `call`."""

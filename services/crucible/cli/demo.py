@@ -46,8 +46,12 @@ def demo(
     ] = None,
 ) -> None:
     """Start a platform, run a mixed batch on it, and check each outcome. Exit code 0 only if all was as expected."""
-    with platform_errors(session), _folder(data_dir) as folder:
-        report = asyncio.run(_run(session, _settings(folder), durable=data_dir is not None))
+    try:
+        with platform_errors(session), _folder(data_dir) as folder:
+            report = asyncio.run(_run(session, _settings(folder), durable=data_dir is not None))
+    except StoppedError as error:
+        session.report({"type": "about:blank", "title": "The demo was given up", "detail": str(error)})
+        raise typer.Exit(ExitCode.NOT_COMPLETED) from None
     if session.as_json:
         session.emit_json(report)
     if not report["good"]:
@@ -177,7 +181,7 @@ def _watch(
         if done(evaluations):
             return
         client.pause(_LOOK_S)
-    raise StoppedError("the demo did not come to its end")
+    raise StoppedError("what was submitted did not come to its end; `crucible demo --data-dir ...` keeps the data")
 
 
 def _results(client: Client, programs: Sequence[Program], ids: Sequence[str]) -> list[Result]:

@@ -11,10 +11,10 @@ from rich.console import Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from crucible.cli import explain, requests
-from crucible.cli.client import ApiError, evaluation_path
+from crucible.cli.client import ApiError, UnreachableError, evaluation_path
 from crucible.cli.exit_codes import ExitCode, for_status
 from crucible.cli.following import BOTH, follow_output, output_document
-from crucible.cli.session import Session, command
+from crucible.cli.session import Session, command, header_value, unreachable
 from crucible.cli.text import plain
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def submit(
         _submit_many(session, [requests.Item(f"copy {n + 1}", body) for n in range(count)], wait=wait)
         return
     client = session.client()
-    headers = {"Idempotency-Key": idempotency_key} if idempotency_key else {}
+    headers = {"Idempotency-Key": header_value(idempotency_key, "--idempotency-key")} if idempotency_key else {}
     evaluation: Document = client.call("POST", "/v1/evaluations", body=body, headers=headers)
     if follow:
         _follow(session, client, evaluation["id"])
@@ -106,13 +106,13 @@ def _follow(session: Session, client: Client, evaluation_id: str) -> None:
     raise typer.Exit(exit_code([evaluation]))
 
 
-def _submit_many(session: Session, items: list[requests.Item], *, wait: bool) -> None:
+def _submit_many(session: Session, wanted: list[requests.Item], *, wait: bool) -> None:
     """Submit in as few calls as the API allows, perhaps wait for all ends, and show one line for each."""
     client = session.client()
     results: list[Document] = []
-    for portion in progressing(session, "submitting", list(requests.portions(items)), weight=len):
-        answer = _submit_portion(client, portion)
-        results += [{"source": item.source, **result} for item, result in zip(portion, answer["items"], strict=True)]
+    for portion in progressing(session, "submitting", list(requests.portions(wanted)), weight=len):
+        items = _submit_portion(client, portion, first=not results)
+        results += [{"source": item.source, **result} for item, result in zip(portion, items, strict=True)]
     for index, result in enumerate(results):
         result["index"] = index
     accepted = [result for result in results if result.get("evaluation")]
@@ -128,22 +128,25 @@ def _submit_many(session: Session, items: list[requests.Item], *, wait: bool) ->
         lambda: _batch_view(results, ended=wait),
     )
     if rejected:
-        raise typer.Exit(max(for_status(result["problem"]["status"]) for result in rejected))
+        raise typer.Exit(max(for_status(result["problem"].get("status", 503)) for result in rejected))
     if wait:
         raise typer.Exit(exit_code(result["evaluation"] for result in accepted))
 
 
-def _submit_portion(client: Client, portion: list[requests.Item]) -> Document:
+def _submit_portion(client: Client, portion: list[requests.Item], *, first: bool) -> list[Document]:
+    """Submit at most a hundred; returns one result each, whatever happened, so that what was accepted before is still told."""
+    body = {"evaluations": [item.body for item in portion]}
     try:
-        answer: Document = client.call(
-            "POST", "/v1/evaluations/batch", body={"evaluations": [item.body for item in portion]}
-        )
-    except ApiError as error:
+        items: list[Document] = client.call("POST", "/v1/evaluations/batch", body=body)["items"]
+    except (ApiError, UnreachableError) as error:
+        problem = error.problem if isinstance(error, ApiError) else unreachable(error)
         # Where every item was refused the answer is a problem, which lists them all the same.
-        if "items" not in error.problem:
+        if "items" in problem:
+            return list(problem["items"])
+        if first:
             raise
-        return error.problem
-    return answer
+        return [{"status": "rejected", "problem": problem} for _ in portion]
+    return items
 
 
 def _batch_view(results: list[Document], *, ended: bool) -> RenderableType:

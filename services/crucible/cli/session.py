@@ -20,7 +20,6 @@ from crucible.data_dir import default_data_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from threading import Event
 
 P = ParamSpec("P")
 
@@ -56,19 +55,24 @@ def _console(*, stderr: bool) -> Console:
     return Console(stderr=stderr, highlight=False, width=None if terminal else _PIPE_WIDTH)
 
 
-class ServerFile:
-    """What a running local platform wrote about itself: its URL, key and process id."""
+def read_server_file(path: Path) -> dict[str, Any]:
+    """Return what a local platform wrote about itself; empty where there is nothing or it is not for us to read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def read(self) -> dict[str, Any]:
-        """Return what is written there; empty where there is nothing or it is not for us to read."""
-        try:
-            content = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+def header_value(text: str, option: str) -> str:
+    """Return a text that can be sent as an HTTP header.
+
+    Raises:
+        typer.BadParameter: it has characters that cannot.
+    """
+    if not (text.isascii() and text.isprintable()):
+        raise typer.BadParameter("has characters that cannot be sent; visible ASCII can", param_hint=option)
+    return text
 
 
 class Session:
@@ -86,16 +90,16 @@ class Session:
         """Whether progress may be drawn: someone watches, and no machine reads."""
         return self.err.is_terminal and not self.as_json
 
-    def client(self, *, stop: Event | None = None) -> Client:
+    def client(self) -> Client:
         """Return a client of the platform that the options, the environment or the local server file name.
 
         A key from the server file goes only to the platform that wrote it, never to another URL.
         """
-        server = ServerFile(local_data_dir() / "server.json").read()
+        server = read_server_file(local_data_dir() / "server.json")
         url = self._url or server.get("url") or _DEFAULT_URL
         key = self._api_key or (server.get("api_key") if url == server.get("url") else None)
         try:
-            return Client(url, key, stop=stop)
+            return Client(url, header_value(key, "--api-key") if key else None)
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--url") from None
 
