@@ -64,6 +64,7 @@ def test_waits_and_runs_have_buckets_up_to_the_longest_evaluation() -> None:
 def test_the_exposition_is_what_prometheus_reads_with_the_process_own_memory() -> None:
     families = {family.name: family for family in text_string_to_metric_families(metrics.exposition().decode())}
     assert families["dlq_size"].type == "gauge"
+    assert [name for name in families if name.endswith("_created")] == ["dispatcher_jobs_created"]
     # Where there is a /proc to read it from.
     assert ("process_resident_memory_bytes" in families) == Path("/proc/self/stat").exists()
 
