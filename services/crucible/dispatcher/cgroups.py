@@ -62,6 +62,9 @@ class ControlGroup(Protocol):
     def limit_cpu(self, millis: int) -> None:
         """Hold all its processes together to so many thousandths of a processor."""
 
+    def oom_kills(self) -> int:
+        """Return how often the kernel's memory killer has struck in it."""
+
     def usage(self) -> Usage:
         """Return what was counted so far."""
 
@@ -241,11 +244,14 @@ class _GroupV1:
         if "cpu" in self._folders:
             _write(self._folders["cpu"] / "cpu.cfs_quota_us", max(_CPU_QUOTA_MIN_US, millis * _CPU_PERIOD_US // 1000))
 
+    def oom_kills(self) -> int:
+        return _keyed(self._folders["memory"] / "memory.oom_control", "oom_kill") or 0
+
     def usage(self) -> Usage:
         memory = self._folders["memory"]
         nanoseconds = _number(self._folders["cpuacct"] / "cpuacct.usage") if "cpuacct" in self._folders else None
         return Usage(
-            oom_kills=_keyed(memory / "memory.oom_control", "oom_kill") or 0,
+            oom_kills=self.oom_kills(),
             peak_memory_bytes=_number(memory / "memory.max_usage_in_bytes"),
             cpu_seconds=None if nanoseconds is None else nanoseconds / 1e9,
         )
@@ -325,10 +331,13 @@ class _GroupV2:
             quota = max(_CPU_QUOTA_MIN_US, millis * _CPU_PERIOD_US // 1000)
             _write(self._folder / "cpu.max", f"{quota} {_CPU_PERIOD_US}")
 
+    def oom_kills(self) -> int:
+        return _keyed(self._folder / "memory.events", "oom_kill") or 0
+
     def usage(self) -> Usage:
         microseconds = _keyed(self._folder / "cpu.stat", "usage_usec")
         return Usage(
-            oom_kills=_keyed(self._folder / "memory.events", "oom_kill") or 0,
+            oom_kills=self.oom_kills(),
             peak_memory_bytes=_number(self._folder / "memory.peak"),
             cpu_seconds=None if microseconds is None else microseconds / 1e6,
         )

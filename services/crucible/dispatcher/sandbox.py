@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _READ_BYTES = 256 * 1024
 _STOP = b"S"
 _DIAGNOSTICS_BYTES = 4096
+# How often to ask whether the memory killer has struck, and how long the runner then has to end and report.
+_MEMORY_POLL_SECONDS = 0.2
+_MEMORY_STOP_SECONDS = 2.0
 
 
 class Channel:
@@ -101,6 +104,7 @@ class LaunchedSandbox:
         self._group = group
         self._cpu_millis = cpu_millis
         self._release = release
+        self._timer: asyncio.TimerHandle | None = None
         process.status.add_done_callback(self._on_process_end)
 
     def _on_process_end(self, status: asyncio.Future[int]) -> None:
@@ -116,6 +120,21 @@ class LaunchedSandbox:
         """Hold the CPU limit from now on: the start of the sandbox is the platform's own cost, not the code's."""
         if self._group:
             self._group.limit_cpu(self._cpu_millis)
+            self._later(_MEMORY_POLL_SECONDS, self._check_memory, self._group)
+
+    def _later(self, seconds: float, do: Callable[..., None], *arguments: object) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, do, *arguments)
+
+    def _check_memory(self, group: ControlGroup) -> None:
+        """End the whole run when the kernel has killed a part of it, as a container's memory limit does.
+
+        Otherwise a parent would wait for a child that never comes, and its time-out would hide what happened.
+        """
+        if group.oom_kills():
+            self.stop()
+            self._later(_MEMORY_STOP_SECONDS, self.kill)
+        else:
+            self._later(_MEMORY_POLL_SECONDS, self._check_memory, group)
 
     def stop(self) -> None:
         """Ask the runner to end the run now and to report."""
@@ -135,6 +154,8 @@ class LaunchedSandbox:
             description = "the sandbox was lost with the process that had started it"
         if words := self._channel.last_words():
             description = f"{description}: {words.splitlines()[-1][:500]}"
+        if self._timer:
+            self._timer.cancel()
         end = await self._close_group(description)
         self._channel.close()
         await self._release()

@@ -1,18 +1,22 @@
 """Brings what one sandbox did into storage: that it runs, its output in batches, and how it ended; in that order, and nothing lost.
 
-A call that fails is made again until storage is back; meanwhile the sandbox's output waits, and the sandbox with it. Only one
-answer ends the trying: that the attempt is not the evaluation's own any more.
+A call that fails is made again until storage is back; meanwhile the sandbox's output waits, and the sandbox with it. Two
+answers end the trying: that the attempt is not the evaluation's own any more, and that what was sent is not acceptable, which is a
+mistake of the platform's and becomes the attempt's end, in plain sight.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from typing import TYPE_CHECKING
 
 from crucible import contracts as c
 from crucible import logs
+from crucible.evaluation import Reason, State
 from crucible.frames import HEADER, MAX_PAYLOAD, Frame
+from crucible.outcome import Outcome
 from crucible.resilience import CallFailedError
 
 if TYPE_CHECKING:
@@ -20,7 +24,6 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from crucible.clients import StorageClient
-    from crucible.outcome import Outcome
 
 log = logs.get_logger("shipping")
 
@@ -32,12 +35,17 @@ _BATCH_BYTES = MAX_PAYLOAD
 _ROOM_BYTES = 4 * 1024 * 1024
 _RETRY_FIRST_S = 0.1
 _RETRY_MAX_S = 5.0
-# Answers of storage that no repetition can change: there is no such evaluation, or the attempt is void.
-_FINAL_STATUSES = frozenset({404, 409})
+# Answers of storage that no repetition can change: there is no such evaluation, or the attempt is void; and: the call is wrong.
+_STALE_STATUSES = frozenset({404, 409})
+_REFUSED_STATUSES = frozenset({400, 405, 413, 415, 422})
 
 
 class StaleAttemptError(Exception):
     """Storage refused: the attempt is void, or a cancel was asked for."""
+
+
+class RefusedError(Exception):
+    """Storage will never take this: the dispatcher and it do not understand each other."""
 
 
 class Shipper:
@@ -75,7 +83,8 @@ class Shipper:
         self._batch = 0
         self._due = False
         self._outcome: Outcome | None = None
-        self._stale = False
+        self._refusal: str | None = None
+        self._dropping = False
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -87,7 +96,7 @@ class Shipper:
 
     def add(self, frame: Frame) -> None:
         """Tell a piece of output."""
-        if self._stale:
+        if self._dropping:
             return
         if not self._frames:
             asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush)
@@ -125,15 +134,15 @@ class Shipper:
                 else:
                     await self._wake.wait()
                     self._wake.clear()
-            except StaleAttemptError:
-                if self._stale:
+            except RefusedError as error:
+                log.exception("storage refuses a report", evaluation_id=self._id)
+                if self._dropping:
                     return
-                self._become_stale()
+                self._refusal = str(error)
+                self._drop_output()
 
-    def _become_stale(self) -> None:
-        """Drop the output of a void attempt. Its end is still told, since a recorded cancel waits for just that."""
-        self._stale = True
-        self._announced = True
+    def _drop_output(self) -> None:
+        self._dropping = True
         self._frames.clear()
         self._bytes = 0
         self._room.set()
@@ -141,8 +150,12 @@ class Shipper:
 
     async def _announce(self) -> None:
         running = c.Running(attempt=self._attempt, actor=self._actor, sandbox=self._sandbox)
-        await self._persist(lambda: self._storage.running(self._id, running))
         self._announced = True
+        try:
+            await self._persist(lambda: self._storage.running(self._id, running))
+        except StaleAttemptError:
+            # Void, or a cancel was recorded before the code began. Either way the end is still told: a recorded cancel waits for it.
+            self._on_stale()
 
     async def _ship_batch(self) -> None:
         size, count = 0, 0
@@ -152,9 +165,13 @@ class Shipper:
                 break
             count += 1
         batch = self._frames[:count]
-        await self._persist(
-            lambda: self._storage.append_output(self._id, batch, attempt=self._attempt, batch=self._batch)
-        )
+        try:
+            await self._persist(
+                lambda: self._storage.append_output(self._id, batch, attempt=self._attempt, batch=self._batch)
+            )
+        except StaleAttemptError:
+            self._drop_output()
+            return
         self._batch += 1
         del self._frames[:count]
         self._bytes -= sum(HEADER.size + len(frame.payload) for frame in batch)
@@ -165,22 +182,28 @@ class Shipper:
             self._room.set()
 
     async def _finish(self, outcome: Outcome) -> None:
+        if self._refusal:
+            outcome = Outcome(state=State.FAILED, reason=Reason.SANDBOX_ERROR, detail=self._refusal)
         finish = c.Finish(attempt=self._attempt, actor=self._actor, outcome=outcome, started_at=self._started_at)
-        await self._persist(lambda: self._storage.finish(self._id, finish))
+        with contextlib.suppress(StaleAttemptError):
+            await self._persist(lambda: self._storage.finish(self._id, finish))
 
     async def _persist(self, call: Callable[[], Awaitable[object]]) -> None:
         """Make a call until storage has taken it.
 
         Raises:
-            StaleAttemptError: it never will.
+            StaleAttemptError: it never will, since the attempt is void.
+            RefusedError: it never will, since the call is wrong.
         """
         pause = _RETRY_FIRST_S
         while True:
             try:
                 await call()
             except CallFailedError as error:
-                if error.status in _FINAL_STATUSES:
+                if error.status in _STALE_STATUSES:
                     raise StaleAttemptError from error
+                if error.status in _REFUSED_STATUSES:
+                    raise RefusedError(f"storage refused the sandbox's report: {error}"[:500]) from error
                 log.warning("storage did not take it; trying again", evaluation_id=self._id, error=str(error))
             else:
                 return

@@ -142,7 +142,7 @@ class Supervisor:
             self._shipper.finished(self._outcome)
             await shipping
             metrics.RESULT_VISIBLE.observe(asyncio.get_running_loop().time() - ended)
-            log.info(
+            log.debug(
                 "sandbox ended", evaluation_id=self.evaluation_id, attempt=self.attempt, reason=self._outcome.reason
             )
         finally:

