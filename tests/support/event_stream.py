@@ -64,6 +64,11 @@ class OpenStream:
             self._events += events
         return self._events.pop(0)
 
+    def sizes(self) -> list[int]:
+        """The sizes of the pieces received and not yet read, in bytes."""
+        pieces = [self._parts.get_nowait() for _ in range(self._parts.qsize())]
+        return [len(piece) for piece in pieces if piece is not None]
+
     async def finished(self) -> None:
         """Wait until all is sent; raises what the app raised."""
         assert self.sending is not None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from crucible.api.openapi import breaking_changes, canonical_spec
+from crucible.api.page import render
 from crucible.problems import KINDS
 
 if TYPE_CHECKING:
@@ -86,6 +89,19 @@ def test_every_error_is_a_problem_and_every_guarded_route_says_what_it_needs(spe
 
 def test_the_document_describes_how_to_authenticate(spec: dict[str, Any]) -> None:
     assert spec["components"]["securitySchemes"]["apiKey"]["scheme"] == "bearer"
+
+
+def test_the_page_shows_every_operation_and_runs_and_loads_nothing(spec: dict[str, Any]) -> None:
+    page = render(spec)
+    for path, _, operation in operations(spec):
+        assert f'id="{operation["operationId"]}"' in page
+        assert html.escape(path) in page
+    for name in spec["components"]["schemas"]:
+        assert f'id="{name}"' in page
+    anchors = set(re.findall(r'href="#(\w+)"', page))
+    assert anchors <= set(re.findall(r'id="(\w+)"', page))
+    assert "<script" not in page
+    assert not re.search(r"(src|href)=.?(https?:)?//", page)
 
 
 SUBMIT = ("/v1/evaluations", "post")

@@ -46,6 +46,8 @@ def make_api_app(api: Api) -> FastAPI:
         description=_DESCRIPTION,
         openapi_tags=_TAGS,
         generate_unique_id_function=operation_id,
+        # The usual pages would run a stranger's scripts, and need the internet; page.py makes one that does neither.
+        docs_url=None,
         redoc_url=None,
         # A path with a slash too many is not there; a redirect would be made from the caller's own Host header.
         redirect_slashes=False,

@@ -6,6 +6,8 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
+import structlog
+
 from crucible import __version__
 from crucible.api.access import KeyRing, SubmissionRate, sees_all
 from crucible.api.cached import Cached
@@ -99,6 +101,7 @@ class Api:
         Raises:
             ProblemError: 404, also for another owner's.
         """
+        structlog.contextvars.bind_contextvars(evaluation_id=evaluation_id)
         try:
             record = await self.storage.get(evaluation_id)
         except CallFailedError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from crucible import __version__
 from crucible.api import views
 from crucible.api.access import Caller
 from crucible.api.answers import answer
 from crucible.api.core import api_of
+from crucible.api.page import CONTENT_SECURITY_POLICY, render
 from crucible.api.schema import GUARDED, errors, ok
 from crucible.problems import KINDS, ProblemError
 
@@ -30,6 +31,12 @@ Health:                     /health
 async def front() -> Response:
     """Point to the documentation."""
     return PlainTextResponse(_FRONT)
+
+
+@router.get("/docs", include_in_schema=False)
+async def documentation(request: Request) -> Response:
+    """Show the documentation as a page."""
+    return HTMLResponse(render(request.app.openapi()), headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY})
 
 
 @router.get(

@@ -186,6 +186,8 @@ async def get_code(request: Request, who: Caller, evaluation_id: IdPath) -> Resp
     """Read the source text and standard input exactly as they were submitted."""
     api = api_of(request)
     record = await api.find(who, evaluation_id)
+    if record.owner != who.owner:
+        audit(who, "read-code", owner=record.owner)
     payload = await api.storage.payload(evaluation_id)
     shown = views.CodeView(code=payload.code, stdin=payload.stdin, code_sha256=record.code_sha256)
     return answer(shown, headers=dict(UNTRUSTED))
@@ -207,7 +209,7 @@ async def cancel_evaluation(request: Request, who: Caller, evaluation_id: IdPath
     own = record.owner == who.owner
     reason = Reason.CANCELLED_BY_USER if own else Reason.CANCELLED_BY_OPERATOR
     if not own:
-        audit(who, "cancel", evaluation_id=evaluation_id, owner=record.owner)
+        audit(who, "cancel", owner=record.owner)
     wish = CancelRequest(actor=who.owner, reason=reason)
     result = await api.storage.cancel(evaluation_id, wish)
     if result.sandbox:
@@ -221,7 +223,7 @@ async def cancel_evaluation(request: Request, who: Caller, evaluation_id: IdPath
             )
         except CallFailedError as error:
             # The wish is recorded; the worker that holds it hears of it with its next lease.
-            log.warning("a cancel is recorded but not yet carried out", evaluation_id=evaluation_id, error=str(error))
+            log.warning("a cancel is recorded but not yet carried out", error=str(error))
             record = result.evaluation
     else:
         record = result.evaluation
