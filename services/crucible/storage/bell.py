@@ -81,7 +81,8 @@ class Bell:
             while True:
                 self.heartbeat.beat()
                 try:
-                    await asyncio.wait_for(self._something_untold.wait(), _CHECK_S)
+                    async with asyncio.timeout(_CHECK_S):
+                        await self._something_untold.wait()
                 except TimeoutError:
                     # Nothing was rung: find out whether the connection still lives.
                     await connection.execute("SELECT 1")

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import asyncpg
+from sqlalchemy.dialects.postgresql import asyncpg as sqlalchemy_asyncpg
 
 from crucible import logs, metrics
 from crucible.problems import ProblemError
@@ -32,6 +33,7 @@ log = logs.get_logger("storage.database")
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_DIALECT = sqlalchemy_asyncpg.dialect()  # type: ignore[no-untyped-call]
 RETRY_AFTER_S = 1.0
 _CONNECT_TIMEOUT_S = 5.0
 # No statement here takes long on a healthy server; these bound what a sick one can hold up. Milliseconds, as PostgreSQL reads them.
@@ -216,10 +218,8 @@ class Database:
 
 def compile_select(statement: Select[Any]) -> tuple[str, list[Any]]:
     """Return a composed SELECT as asyncpg takes it: the text with `$1...`, and the values."""
-    from sqlalchemy.dialects.postgresql import asyncpg as dialect  # noqa: PLC0415 - loaded by the first list, not at start
-
     compiled = statement.compile(
-        dialect=dialect.dialect(),  # type: ignore[no-untyped-call]
+        dialect=_DIALECT,
         compile_kwargs={"render_postcompile": True},
     )
     return compiled.string, [compiled.params[name] for name in compiled.positiontup or ()]

@@ -32,6 +32,8 @@ class MigrationError(Exception):
 async def migrate(url: str, revision: str = "head") -> None:
     """Upgrade (or, with an older `revision`, downgrade) the database at `url` (`postgresql://...`).
 
+    Any number of processes may do so at once; within one process, once at a time (Alembic keeps its context in globals).
+
     Raises:
         MigrationError: the schema is newer than this program, or not ours.
         ProblemError: `unavailable`, the database does not answer.
@@ -53,7 +55,7 @@ async def _present_revision(url: str) -> str | None:
 
 
 async def _run(url: str, present: str | None, revision: str) -> None:
-    # Alembic and SQLAlchemy's engine cost a third of a second to load; only a start that migrates pays for it.
+    # Alembic takes a while to load; only a start that migrates waits for it.
     from alembic import command  # noqa: PLC0415
     from alembic.config import Config  # noqa: PLC0415
     from alembic.script import ScriptDirectory  # noqa: PLC0415

@@ -8,6 +8,7 @@ is never used again, so that a holder that was given up for lost cannot speak fo
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from crucible import logs
@@ -35,11 +36,13 @@ _POLL_S = 2.0
 _MOST_PER_CLAIM = 500
 AGING_LOCK = "hashtextextended('crucible.aging', 0)"
 
-# The shared lock keeps an aging pass, which holds row locks for a moment, from being skipped over.
+# One row per size class, wanted or not: with arrays the planner would guess their length and plan each claim anew, which costs
+# more than the claim. The shared lock makes a claim wait for an aging pass, whose row locks it would otherwise skip over.
+_WANTED = ", ".join(f"('{size}', ${place}::int)" for place, size in enumerate(SizeClass, 1))
 _NEXT = f"""
 SELECT q.id, q.seq
   FROM (SELECT pg_advisory_xact_lock_shared({AGING_LOCK}) OFFSET 0) AS fence,
-       unnest($1::text[], $2::int[]) AS w(size_class, wanted)
+       (VALUES {_WANTED}) AS w(size_class, wanted)
  CROSS JOIN LATERAL (
        SELECT id, seq FROM evaluations
         WHERE {QUEUED} AND size_class = w.size_class AND (queue_deadline IS NULL OR queue_deadline > now())
@@ -134,10 +137,9 @@ class Queue:
                 left = deadline - loop.time()
                 if claims or left <= 0 or self._closing.is_set():
                     return ClaimList(claims=claims)
-                try:
-                    await asyncio.wait_for(rung.wait(), min(left, _POLL_S))
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, _POLL_S)):
+                        await rung.wait()
 
     async def _undisturbed(self, worker: str, wanted: dict[SizeClass, int]) -> list[Claim]:
         taking = asyncio.ensure_future(self._take(worker, wanted))
@@ -161,7 +163,7 @@ class Queue:
     @timed("claim")
     async def _take(self, worker: str, wanted: dict[SizeClass, int]) -> list[Claim]:
         rows = await self._lifecycle.move(
-            Chosen(State.QUEUED, _NEXT, (list(wanted), list(wanted.values()))),
+            Chosen(State.QUEUED, _NEXT, tuple(wanted.get(size, 0) for size in SizeClass)),
             [Step(State.PROVISIONING, actor=worker, data={"worker": worker})],
             {
                 "attempt": Sql("e.attempt + 1"),

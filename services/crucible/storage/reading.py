@@ -14,17 +14,20 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from sqlalchemy import literal, select, tuple_
+from sqlalchemy.dialects.postgresql import JSONB
 
 from crucible.contracts import EvaluationPage, EvaluationRecord, EventList, Payload, Statistics
 from crucible.evaluation import Reason, State, Violation, terminal_state_of
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
 from crucible.storage.records import evaluation_record, event
+from crucible.storage.tables import evaluations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import ColumnElement
+    from sqlalchemy import ColumnElement, Select
 
     from crucible.storage.engine import Database, Row
 
@@ -276,13 +279,8 @@ def page_statement(
     until: datetime | None,
     limit: int,
     cursor: str | None,
-) -> Any:
+) -> Select[Any]:
     """Compose the SELECT of a list; see `Reading.page`."""
-    from sqlalchemy import literal, select, tuple_  # noqa: PLC0415 - loaded by the first list, not at start
-    from sqlalchemy.dialects.postgresql import JSONB  # noqa: PLC0415
-
-    from crucible.storage.tables import evaluations  # noqa: PLC0415
-
     e = evaluations.c
     where: list[ColumnElement[bool]] = []
     if owner is not None:

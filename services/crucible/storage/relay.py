@@ -8,6 +8,7 @@ one). One relay works at a time, whoever holds the session lock; with a bus that
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,6 @@ class Relay:
         return len(rows)
 
     async def _wait(self) -> None:
-        try:
-            await asyncio.wait_for(self._woken.wait(), _POLL_S)
-        except TimeoutError:
-            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_POLL_S):
+                await self._woken.wait()
