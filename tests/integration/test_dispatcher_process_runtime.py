@@ -121,6 +121,16 @@ async def test_a_launcher_that_is_killed_takes_its_processes_along(sandboxes: Sa
     await until_no_process(evaluation_id)
 
 
+async def test_what_a_killed_instance_left_is_removed_at_the_next_start() -> None:
+    left = Path(tempfile.mkdtemp(prefix="crucible-process-"))
+    (left / "run-1" / "tmp").mkdir(parents=True)
+    async with running_sandboxes(runtime="process", python=python()) as first:
+        assert not left.exists()
+        async with running_sandboxes(runtime="process", python=python()):
+            # The first lives, so its folder is not a leftover.
+            assert (await first.run("print('still here')")).out == "still here"
+
+
 async def test_it_says_loudly_that_it_isolates_nothing() -> None:
     with structlog.testing.capture_logs() as logs:
         async with running_sandboxes(runtime="process", python=python()) as sandboxes:

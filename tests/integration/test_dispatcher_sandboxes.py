@@ -365,6 +365,33 @@ async def test_when_the_dispatchers_process_is_killed_nothing_is_left_running() 
     await until_no_process(evaluation_id)
 
 
+async def test_a_launcher_that_hangs_is_replaced(sandboxes: Sandboxes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crucible.dispatcher.launch._KILL_SECONDS", 0.5)
+    evaluation_id = await sandboxes.begin(FOREVER)
+    await sandboxes.until_output(evaluation_id, b"up")
+    victim = first_process_of(sandboxes, evaluation_id).children()[0].pid
+    with stopped(launcher_of(sandboxes)), stopped(victim):
+        await sandboxes.client.stop(evaluation_id, Reason.CANCELLED_BY_USER)
+
+    await until_no_process(evaluation_id)
+    assert (await sandboxes.end(evaluation_id)).outcome.reason is Reason.CANCELLED_BY_USER
+    assert (await sandboxes.run("print('again')")).out == "again"
+
+
+async def test_a_mistake_of_the_platforms_is_told_as_its_own(
+    sandboxes: Sandboxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistake(*_: object) -> None:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr("crucible.dispatcher.supervisor.Supervisor._take", mistake)
+    ran = await sandboxes.run(FOREVER)
+
+    assert ran.outcome.reason is Reason.SANDBOX_ERROR
+    assert "LookupError" in ran.outcome.detail
+    assert processes_of(ran.evaluation_id) == []
+
+
 # --- room --------------------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,9 @@ log = logs.get_logger("launch")
 
 _SCRIPT = Path(__file__).with_name("launcher.py")
 _STOP_SECONDS = 5.0
+_SEND_SECONDS = 5.0
+# A killed process ends in milliseconds; this much later something is badly wrong with the one who should have killed it.
+_KILL_SECONDS = 30.0
 # As in launcher.py.
 _STAGE = "/tmp"  # noqa: S108 - the launcher's own view of it
 
@@ -75,6 +78,11 @@ class Process:
         """Send SIGKILL, if it has not ended; harmless at any time."""
         if not self.status.done():
             self._launcher.send({"do": "kill", "number": self._number})
+            asyncio.get_running_loop().call_later(_KILL_SECONDS, self._insist)
+
+    def _insist(self) -> None:
+        if not self.status.done():
+            self._launcher.give_up("a process that it was told to kill has not ended")
 
     async def wait(self) -> int:
         """Return its wait status once it and everything orphaned by it is gone.
@@ -182,15 +190,20 @@ class Launcher:
             return
         data = orjson.dumps(request)
         data = len(data).to_bytes(4, "big") + data
-        self._peer.setblocking(True)
+        self._peer.settimeout(_SEND_SECONDS)
         try:
             sent = socket.send_fds(self._peer, [data], descriptors) if descriptors else 0
             self._peer.sendall(data[sent:])
         except OSError as error:
-            # Its reader finds the same, and declares everything lost.
-            log.warning("the launcher does not take messages", error=str(error))
+            self.give_up(f"it takes no messages: {error}")
         finally:
             self._peer.setblocking(False)
+
+    def give_up(self, why: str) -> None:
+        """End a launcher that does not do its work; whatever it had started ends with it, and the next launch starts another."""
+        if self._program and self._program.poll() is None:
+            log.error("ending the launcher of sandboxes", why=why)
+            self._program.kill()
 
     async def _read(self, peer: socket.socket) -> None:
         loop = asyncio.get_running_loop()

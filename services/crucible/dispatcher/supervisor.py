@@ -64,11 +64,21 @@ class Supervisor:
     ) -> None:
         self.evaluation_id = evaluation_id
         self.attempt = request.attempt
-        self._spec = request.spec
+        self._name = f"{evaluation_id}-{request.attempt}"
+        # Let go of once the sandbox has it: ended sandboxes are remembered for a while, and code and input may be large.
+        self._wanted: SandboxSpec | None = SandboxSpec(
+            name=self._name,
+            evaluation_id=evaluation_id,
+            code=request.spec.code.encode(),
+            stdin=request.spec.stdin.encode(),
+            timeout_seconds=request.spec.timeout_seconds,
+            resources=request.spec.resources,
+        )
+        self._timeout_seconds = request.spec.timeout_seconds
+        self._memory_limit = request.spec.resources.memory_bytes
         self._runtime = runtime
         self._grace = grace_seconds
         self._on_gone = on_gone
-        self._name = f"{evaluation_id}-{request.attempt}"
         self._sandbox: Sandbox | None = None
         self._phase = c.SandboxPhase.STARTING
         self._outcome: Outcome | None = None
@@ -134,7 +144,7 @@ class Supervisor:
         """See the attempt through. Storage that does not answer can make this last; nothing else can."""
         shipping = asyncio.create_task(self._shipper.run(), name=f"ship-{self._name}")
         try:
-            facts = await self._live()
+            facts = await self._live_or_explain()
             if self._void:
                 return
             ended = asyncio.get_running_loop().time()
@@ -152,23 +162,25 @@ class Supervisor:
             self._phase = c.SandboxPhase.FINISHED
             self._recorded.set()
 
+    async def _live_or_explain(self) -> SandboxFacts:
+        try:
+            return await self._live()
+        except Exception as error:
+            log.exception("the supervision of a sandbox failed", evaluation_id=self.evaluation_id)
+            self._report = None
+            description = f"the dispatcher made a mistake: {type(error).__name__}"
+            return SandboxFacts(cancelled=self._cancelled, lost=self._lost, exit_description=description)
+
     async def _live(self) -> SandboxFacts:
         """Start the sandbox, follow it, and return what is known from outside once nothing of it is left."""
-        if self._void or self._cancelled or self._lost:
+        wanted, self._wanted = self._wanted, None
+        if wanted is None or self._void or self._cancelled or self._lost:
             self._leave()
             return SandboxFacts(
                 cancelled=self._cancelled, lost=self._lost, exit_description="ended before it had begun"
             )
-        spec = SandboxSpec(
-            name=self._name,
-            evaluation_id=self.evaluation_id,
-            code=self._spec.code.encode(),
-            stdin=self._spec.stdin.encode(),
-            timeout_seconds=self._spec.timeout_seconds,
-            resources=self._spec.resources,
-        )
         try:
-            sandbox = self._sandbox = self._runtime.create(spec)
+            sandbox = self._sandbox = self._runtime.create(wanted)
         except SandboxStartError as error:
             metrics.SANDBOXES.labels("failed").inc()
             self._leave()
@@ -183,6 +195,7 @@ class Supervisor:
             raise
         finally:
             end = await sandbox.ended()
+            self._sandbox = None
             metrics.SANDBOXES_LIVE.dec()
             self._leave()
         return SandboxFacts(
@@ -215,7 +228,7 @@ class Supervisor:
                 sandbox.code_started()
                 self._phase = c.SandboxPhase.RUNNING
                 self._shipper.started(datetime.now(UTC))
-                self._set_timer(self._spec.timeout_seconds + self._grace, None)
+                self._set_timer(self._timeout_seconds + self._grace, None)
             case Kind.REPORT:
                 self._report = RunnerReport.model_validate_json(frame.payload)
                 self._set_timer(_LEAVE_SECONDS, "the runner did not leave after its report")
@@ -257,6 +270,6 @@ class Supervisor:
         return decide(
             self._report,
             facts,
-            memory_limit=self._spec.resources.memory_bytes,
-            timeout_seconds=self._spec.timeout_seconds,
+            memory_limit=self._memory_limit,
+            timeout_seconds=self._timeout_seconds,
         )

@@ -107,12 +107,10 @@ def process_limit(limits: Limits, *, own_namespace: bool) -> int:
 
     The kernel counts a user's processes, and where sandboxes have no user of their own, that may be hundreds of someone else's.
     """
-    if os.geteuid() == 0:
-        return limits.processes
     release = platform.release().split("-")[0].split(".")
-    if own_namespace and tuple(int(part) for part in release[:2]) >= _PER_NAMESPACE_COUNTS:
-        return limits.processes
-    return 0
+    counted_alone = own_namespace and tuple(int(part) for part in release[:2]) >= _PER_NAMESPACE_COUNTS
+    # One more, since the runner is the same user's and counts too.
+    return limits.processes + 1 if counted_alone or os.geteuid() == 0 else 0
 
 
 def runner_arguments(

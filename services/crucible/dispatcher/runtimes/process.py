@@ -8,6 +8,7 @@ If the platform is root, the code at least is not.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import stat
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 log = logs.get_logger("process")
 
 _CHANNEL = 3
+_HOME_PREFIX = "crucible-process-"
 # The runner counts in the group too.
 _OWN_PROCESSES = 1
 
@@ -61,6 +63,39 @@ def _remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, onerror=unlock)
 
 
+def _make_home(runner: bytes) -> tuple[Path, int]:
+    """Make this instance's folder with the runner in it, and lock it for as long as this process lives."""
+    home = Path(tempfile.mkdtemp(prefix=_HOME_PREFIX))
+    lock = _lock(home)
+    if lock is None:
+        raise OSError(f"{home} is locked by someone else")
+    home.chmod(0o711)
+    (home / "run.pyc").write_bytes(runner)
+    (home / "run.pyc").chmod(0o444)
+    return home, lock
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder; None if a living process holds it. The kernel lets go of the lock of one that was killed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_leftovers() -> None:
+    """Remove the folders of instances that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_HOME_PREFIX}*"):
+        own = folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.geteuid()
+        if own and (lock := _lock(folder)) is not None:
+            log.info("removing the folder of a dead instance", folder=str(folder))
+            _remove_folder(folder)
+            os.close(lock)
+
+
 class ProcessRuntime:
     """Runs evaluations as plain processes."""
 
@@ -74,6 +109,7 @@ class ProcessRuntime:
         self._ids = HostIds.here()
         self._python = ""
         self._home: Path | None = None
+        self._lock = -1
 
     @property
     def launcher_pid(self) -> int | None:
@@ -98,11 +134,8 @@ class ProcessRuntime:
         interpreter = await describe(self._settings.python)
         self._python = str(interpreter.executable)
         self._groups = await open_groups(self._settings)
-        self._home = Path(tempfile.mkdtemp(prefix="crucible-process-"))
-        self._home.chmod(0o711)
-        runner = self._home / "run.pyc"
-        runner.write_bytes(interpreter.runner)
-        runner.chmod(0o444)
+        await asyncio.to_thread(_remove_leftovers)
+        self._home, self._lock = _make_home(interpreter.runner)
         self._launcher = Launcher({}, ())
         self._launcher.start()
         try:
@@ -217,3 +250,4 @@ class ProcessRuntime:
             await self._groups.aclose()
         if self._home:
             await asyncio.to_thread(_remove_folder, self._home)
+            os.close(self._lock)
