@@ -5,6 +5,9 @@ SHELL := bash
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
+# Without bytecode files every start of the platform compiles again what it imports, which takes 1 s; tests start it often.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
