@@ -234,7 +234,7 @@ TIME_ATTACKS = {
     "stops the runner": "import os, signal\nos.kill(1, signal.SIGSTOP)\n",
     "kills the runner": "import os, signal\nfor n in range(1, 65): os.kill(1, n) if n not in (19, 18) else None\n",
     "kills everything": "import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntry: os.kill(-1, 9)\nexcept OSError: pass\n",
-    "many threads": "import threading\nfor _ in range(20): threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n",
+    "many threads": "import threading\nfor _ in range(20): threading.Thread(target=lambda: any(iter(int, 1)), daemon=True).start()\n",
     "closes everything": "import os\nos.closerange(0, 256)\n",
 }
 FOREVER = "import time\nwhile True: time.sleep(0.05)\n"

@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crucible import logs
 from crucible.dispatcher.interpreter import PYTHON_FLAGS, describe
@@ -25,8 +25,6 @@ from crucible.dispatcher.runtimes.probe import probe
 from crucible.dispatcher.sandbox import Channel, LaunchedSandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from crucible.dispatcher.cgroups import ControlGroup, ControlGroups
     from crucible.limits import Limits
     from crucible.settings import DispatcherSettings
@@ -49,18 +47,18 @@ def explain(said: str) -> RuntimeUnavailableError:
 
 def _remove_folder(folder: Path) -> None:
     """Remove what the code left, also where it has locked us out of its own folders."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        return
+    for place, folders, _ in os.walk(folder):
+        for name in folders:
+            if not (inner := Path(place, name)).is_symlink():
+                inner.chmod(stat.S_IRWXU)
+    shutil.rmtree(folder, onerror=_warn_of_file)
 
-    def unlock(function: Callable[..., Any], path: str, _error: object) -> None:
-        parent = Path(path).parent
-        for locked in (parent, Path(path)):
-            if locked.is_dir() and not locked.is_symlink():
-                locked.chmod(stat.S_IRWXU)
-        try:
-            function(path)
-        except OSError as error:
-            log.warning("a file of an evaluation could not be removed", path=path, error=str(error))
 
-    shutil.rmtree(folder, onerror=unlock)
+def _warn_of_file(_function: object, path: str, error: tuple[object, BaseException, object]) -> None:
+    log.warning("a file of an evaluation could not be removed", path=path, error=str(error[1]))
 
 
 def _make_home(runner: bytes) -> tuple[Path, int]:
