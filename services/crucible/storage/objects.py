@@ -44,6 +44,10 @@ _SWEEP_BATCH = 100
 _STORE_ERRORS = (BaseError, OSError, ValueError)
 
 
+class DamagedObjectError(Exception):
+    """An object is gone from every backend, or is not what was written; the message is its key."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """A place for objects. `folder` is set where it is a local one."""
@@ -109,6 +113,14 @@ def open_backend(url: str, settings: StorageSettings, data_dir: Path) -> Backend
     raise ValueError(f"{url!r} is not an object store; write file:///path or s3://bucket/prefix")
 
 
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+async def _sha256(data: bytes) -> bytes:
+    return await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
+
+
 def _make_durable(path: Path) -> None:
     for place in (path, path.parent):
         handle = os.open(place, os.O_RDONLY)
@@ -166,8 +178,7 @@ class ObjectStore:
         key = f"{name}-{secrets.token_hex(4)}"
         await self._mark_garbage(self.primary.name, key)
         await self._put(self.primary, key, data)
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
-        return StoredObject(self.primary.name, key, len(data), digest)
+        return StoredObject(self.primary.name, key, len(data), await _sha256(data))
 
     async def adopt(self, connection: Connection, stored: StoredObject) -> int:
         """Make an object count, within the caller's transaction, and return its id.
@@ -219,26 +230,33 @@ class ObjectStore:
 
         Raises:
             ProblemError: `unavailable`, no backend gives it now; `not-found`, the ledger has no such object (any more).
+            DamagedObjectError: no backend has what was written. Only a whole object can be held against its sha256.
         """
-        row = await self._database.fetchrow("SELECT backend, key, size FROM objects WHERE id = $1", object_id)
+        row = await self._database.fetchrow("SELECT * FROM objects WHERE id = $1", object_id)
         if row is None:
             raise ProblemError("not-found", "the output has been deleted")
         wanted = row["size"] - start if length is None else length
         if wanted <= 0:
             return b""
-        named = self._backends.get(row["backend"])
-        others = [backend for backend in self._backends.values() if backend is not named]
-        for backend in ([named] if named else []) + others:
+        away = False
+        for backend in self._where(row["backend"]):
             try:
-                return await self._get(backend, row["key"], start, wanted)
-            except _STORE_ERRORS as error:
-                log.warning(
-                    "an object could not be read",
-                    backend=backend.name,
-                    object=row["key"],
-                    error=f"{type(error).__name__}: {error}"[:500],
-                )
-        raise ProblemError("unavailable", "the object store does not give the output now", retry_after=2)
+                data = await self._get(backend, row["key"], start, wanted)
+            except (DamagedObjectError, *_STORE_ERRORS) as error:
+                away |= not isinstance(error, (FileNotFoundError, DamagedObjectError))
+                log.warning("an object could not be read", backend=backend.name, object=row["key"], error=_words(error))
+                continue
+            if wanted < row["size"] or await _sha256(data) == row["sha256"]:
+                return data
+            log.error("an object does not match its sha256", backend=backend.name, object=row["key"])
+        if away:
+            raise ProblemError("unavailable", "the object store does not give the output now", retry_after=2)
+        raise DamagedObjectError(row["key"])
+
+    def _where(self, name: str) -> list[Backend]:
+        named = self._backends.get(name)
+        others = [backend for backend in self._backends.values() if backend is not named]
+        return [named, *others] if named else others
 
     async def _measured(self, backend: Backend, op: str, size: int, call: Awaitable[T]) -> T:
         started = time.perf_counter()
@@ -250,11 +268,16 @@ class ObjectStore:
         return result
 
     async def _get(self, backend: Backend, key: str, start: int, length: int) -> bytes:
-        data = await self._measured(
-            backend, "get", length, obstore.get_range_async(backend.store, key, start=start, length=length)
-        )
+        reading = obstore.get_range_async(backend.store, key, start=start, length=length)
+        try:
+            data = await self._measured(backend, "get", length, reading)
+        except BaseError as error:
+            # Backends word a range beyond the end differently; whether it is one can be asked.
+            if (await obstore.head_async(backend.store, key))["size"] < start + length:
+                raise DamagedObjectError(key) from error
+            raise
         if len(data) != length:
-            raise ValueError(f"{len(data)} bytes where {length} should be")
+            raise DamagedObjectError(key)
         return bytes(data)
 
     async def _put(self, backend: Backend, key: str, data: bytes) -> None:
@@ -265,7 +288,7 @@ class ObjectStore:
             if backend.folder is not None:
                 await asyncio.to_thread(_make_durable, backend.folder / key)
         except _STORE_ERRORS as error:
-            log.warning("an object could not be written", backend=backend.name, object=key, error=str(error)[:500])
+            log.warning("an object could not be written", backend=backend.name, object=key, error=_words(error))
             raise ProblemError(
                 "unavailable", f"the object store {backend.name} takes nothing now", retry_after=2
             ) from error
@@ -310,22 +333,31 @@ class ObjectStore:
             return await self._failed(row)
         try:
             data = await self._get(source, row["key"], 0, row["size"])
-        except _STORE_ERRORS as error:
+        except (DamagedObjectError, *_STORE_ERRORS) as error:
             log.warning(
-                "an object could not be read to be moved", backend=source.name, object=row["key"], error=str(error)
+                "an object could not be read to be moved", backend=source.name, object=row["key"], error=_words(error)
             )
             return await self._failed(row)
         await self._mark_garbage(target.name, row["key"])
         await self._put(target, row["key"], data)
-        copy = await self._get(target, row["key"], 0, row["size"])
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(copy).digest())
-        if digest != row["sha256"]:
+        if not await self._matches(target, row):
             # The copy stays marked as garbage and is swept; the original stays where it is.
             log.error(
                 "a copied object does not match its sha256", source=source.name, target=target.name, object=row["key"]
             )
             return await self._failed(row)
         return await self._switch(row, source, target)
+
+    async def _matches(self, target: Backend, row: Row) -> bool:
+        try:
+            copy = await self._get(target, row["key"], 0, row["size"])
+        except DamagedObjectError:
+            return False
+        except _STORE_ERRORS as error:
+            raise ProblemError(
+                "unavailable", f"{target.name} does not give back what it took", retry_after=2
+            ) from error
+        return await _sha256(copy) == row["sha256"]  # type: ignore[no-any-return]
 
     async def _failed(self, row: Row) -> bool:
         await self._database.execute("UPDATE objects SET copy_failures = copy_failures + 1 WHERE id = $1", row["id"])
@@ -386,7 +418,7 @@ class ObjectStore:
         except FileNotFoundError:
             return True
         except _STORE_ERRORS as error:
-            log.warning("an object could not be deleted", backend=name, object=key, error=str(error)[:500])
+            log.warning("an object could not be deleted", backend=name, object=key, error=_words(error))
             return False
         return True
 

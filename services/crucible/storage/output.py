@@ -23,7 +23,7 @@ from crucible.events import Event, EventType
 from crucible.frames import HEADER, Frame, FrameError, Kind, decode_all
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
-from crucible.storage.objects import ObjectStore
+from crucible.storage.objects import DamagedObjectError, ObjectStore
 from crucible.storage.tables import HELD
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ SELECT * FROM (
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """SHA-256 of both streams, and whether the output still has to move to the object store."""
+    """SHA-256 of both streams (None: what was stored is damaged), and whether output still has to move to the object store."""
 
-    stdout: bytes
-    stderr: bytes
+    stdout: bytes | None
+    stderr: bytes | None
     unsettled: bool = False
 
 
@@ -303,7 +303,12 @@ class Outputs:
                 # The result must not wait for the object store: upkeep moves the rest once it is back.
                 log.warning("output stays in the database for now", evaluation_id=row["id"], error=error.detail)
                 unsettled = True
-        digests = await self._inline_digests(row) or await self._long_digests(row)
+        try:
+            digests = await self._inline_digests(row) or await self._long_digests(row)
+        except DamagedObjectError as error:
+            # The outcome is true all the same. No hash is told, rather than one that vouches for the wrong bytes.
+            log.error("output is damaged in the object store", evaluation_id=row["id"], object=str(error))  # noqa: TRY400
+            digests = Digests(None, None)
         return Digests(digests.stdout, digests.stderr, unsettled) if digests else None
 
     async def _inline_digests(self, row: Row) -> Digests | None:
@@ -373,7 +378,7 @@ class Outputs:
                 pieces.append(row["piece"])
                 continue
             offset = row["skip"] + (0 if stream == "stdout" else row["stdout_length"])
-            pieces.append(await self._store.read(row["object_id"], offset, row["take"]))
+            pieces.append(await self._from_object(row["object_id"], offset, row["take"]))
         return b"".join(pieces), OutputInfo(size=size)
 
     @timed("read_frames")
@@ -393,11 +398,17 @@ class Outputs:
             split = (
                 _Split.of_chunk(row)
                 if row["object_id"] is None
-                else _Split.of_object(await self._store.read(row["object_id"]), row)
+                else _Split.of_object(await self._from_object(row["object_id"]), row)
             )
             skip = max(0, after - row["first_frame"])
             frames += split.frames()[skip : skip + limit - len(frames)]
         return frames, max(after, rows[0]["first_frame"]) + len(frames)
+
+    async def _from_object(self, object_id: int, start: int = 0, length: int | None = None) -> bytes:
+        try:
+            return await self._store.read(object_id, start, length)
+        except DamagedObjectError as error:
+            raise ProblemError("unavailable", "this part of the output is damaged in the object store") from error
 
     # -- deleting
 
