@@ -7,6 +7,7 @@ lack. The unit tier's time is reported beside its budget; it is a figure, not a 
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections import defaultdict
@@ -60,6 +61,11 @@ class RunReport:
             self._unit_tests += tier == "unit"
         if self._unit_tests < len(items):
             self._unit_tests = 0  # The budget is the unit tier's alone.
+
+    def pytest_collection_finish(self) -> None:
+        """Take what is loaded by now out of the garbage collector's rounds, which otherwise cost the unit tier a tenth of its time."""
+        gc.collect()
+        gc.freeze()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
