@@ -123,7 +123,8 @@ async def open_stream(
         "server": ("test", 80),
         "client": ("test", 1),
     }
-    task = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type] # a coroutine in all but name
+    # `app` answers with an awaitable, which is a coroutine in all but its declared type.
+    task: asyncio.Task[None] = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
     stream = OpenStream(parts, start)
     stream.sending = task
     try:
