@@ -7,9 +7,10 @@ concurrency, ordered, filtered or paged: tests/integration/test_api_*.py show th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 
@@ -24,6 +25,9 @@ from crucible.limits import SizeClass
 from crucible.problems import ProblemError
 from crucible.quantity import GIB
 from crucible.service import make_app, require_internal
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 TOKEN = "internal-token"
 
@@ -87,8 +91,8 @@ class FakePlatform:
             sandboxes=0,
         )
         self._clock = datetime(2026, 1, 31, 12, tzinfo=UTC)
-        self.storage_app = _make(self, "storage", _storage)
-        self.dispatcher_app = _make(self, "dispatcher", _dispatcher)
+        self.storage_app = _serving(self, "storage")
+        self.dispatcher_app = _serving(self, "dispatcher")
 
     def key(self, owner: str, role: c.Role = c.Role.SUBMITTER, **fields: Any) -> str:
         """Make a key that is known."""
@@ -182,7 +186,7 @@ def _answer(model: Any, **headers: str) -> Response:
 
 
 async def _asked(request: Request) -> FakePlatform:
-    fake: FakePlatform = request.app.state.fake
+    fake: FakePlatform = request.state.fake
     fake.calls.append(f"{request.method} {request.url.path}")
     if request.app.title in fake.outage:
         raise ProblemError("unavailable", f"{request.app.title} is out, as the test wants it")
@@ -190,18 +194,26 @@ async def _asked(request: Request) -> FakePlatform:
 
 
 Fake = Annotated[FakePlatform, Depends(_asked)]
-# Built once: making the routes takes longer than most tests.
 _guard = [Depends(require_internal(TOKEN))]
 _storage = APIRouter(dependencies=_guard)
 _dispatcher = APIRouter(dependencies=_guard)
 
 
-def _make(fake: FakePlatform, part: str, routes: APIRouter) -> FastAPI:
+@functools.cache
+def _app(part: str) -> FastAPI:
+    # Made once: that takes longer than most tests.
+    routes = {"storage": _storage, "dispatcher": _dispatcher}[part]
     app = make_app(part, Health(part, __version__), title=part, description=__doc__ or "")
-    app.state.fake = fake
     # Not `include_router`, which derives every route's dependencies anew.
     app.router.routes.extend(routes.routes)
     return app
+
+
+def _serving(fake: FakePlatform, part: str) -> ASGIApp:
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await _app(part)({**scope, "state": {"fake": fake}}, receive, send)
+
+    return serve
 
 
 @_storage.post("/internal/evaluations")
