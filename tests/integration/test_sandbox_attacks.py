@@ -196,7 +196,7 @@ async def test_what_one_sandbox_writes_is_not_there_in_the_next_nor_on_the_host(
     assert first.outcome.reason is Reason.EXIT_ZERO
     assert second.out == "[] []"
     for folder in ("/tmp", "/dev/shm"):
-        assert list(Path(folder).glob(f"**/left-{first.evaluation_id}")) == []
+        assert not Path(folder, f"left-{first.evaluation_id}").exists()
 
 
 async def test_no_mount_of_a_sandbox_appears_on_the_host(sandboxes: Sandboxes) -> None:
@@ -482,7 +482,7 @@ async def test_dangerous_system_calls_are_refused(sandboxes: Sandboxes) -> None:
 async def test_calls_in_another_architectures_numbering_kill(sandboxes: Sandboxes) -> None:
     # mov eax, 20 (getpid of i386); int 0x80; ret
     ran = await sandboxes.run(
-        "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(b'\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3')\n"
+        "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7, flags=0x22)\nm.write(b'\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3')\n"
         "address = ctypes.addressof(ctypes.c_char.from_buffer(m))\nprint('trying', flush=True)\n"
         "print(ctypes.CFUNCTYPE(ctypes.c_int)(address)())"
     )

@@ -176,7 +176,8 @@ async def test_the_wall_clock_ends_a_loop_and_keeps_what_was_written_before(sand
 
     assert (ran.outcome.state, ran.outcome.reason) == (State.TIMEOUT, Reason.WALL_CLOCK)
     assert (ran.outcome.exit_code, ran.outcome.signal, ran.out) == (None, None, "before")
-    assert ran.outcome.run_seconds == pytest.approx(1.0, abs=0.3)
+    assert ran.outcome.run_seconds is not None
+    assert 1.0 <= ran.outcome.run_seconds < 2.0
 
 
 async def test_nothing_is_written_after_the_limit(sandboxes: Sandboxes) -> None:

@@ -50,20 +50,20 @@ def machine(request: pytest.FixtureRequest) -> str:
 
 
 @functools.cache
-def program_of(machine: str, memfd: bool) -> bytes:
-    return seccomp.build_filter(machine, memfd=memfd)
+def program_of(machine: str, counted: bool) -> bytes:
+    return seccomp.build_filter(machine, counted=counted)
 
 
-def answer(machine: str, name: str, *arguments: int, memfd: bool = True) -> str:
+def answer(machine: str, name: str, *arguments: int, counted: bool = True) -> str:
     number = NAMES[name][list(ARCHITECTURES).index(machine)]
     assert number is not None
-    program = program_of(machine, memfd)
+    program = program_of(machine, counted)
     result = run(program, arch=ARCHITECTURES[machine], number=number, arguments=arguments)
     return "allowed" if result == ALLOW else errno.errorcode[result & 0xFFFF]
 
 
 def test_the_program_is_one_that_the_kernel_accepts(machine: str) -> None:
-    program = seccomp.build_filter(machine, memfd=False)
+    program = seccomp.build_filter(machine, counted=False)
 
     count = len(program) // 8
     # BPF_MAXINSNS, and no jump past the end.
@@ -82,7 +82,7 @@ def test_every_refused_call_is_refused(machine: str) -> None:
 
 
 def test_what_is_not_named_is_allowed(machine: str) -> None:
-    program = seccomp.build_filter(machine, memfd=False)
+    program = seccomp.build_filter(machine, counted=False)
     named = {numbers[list(ARCHITECTURES).index(machine)] for numbers in NAMES.values()}
     for number in set(range(470)) - named:
         assert run(program, arch=ARCHITECTURES[machine], number=number) == ALLOW, number
@@ -95,7 +95,7 @@ def test_no_two_calls_share_a_number() -> None:
 
 
 def test_a_foreign_architecture_is_killed(machine: str) -> None:
-    program = seccomp.build_filter(machine, memfd=True)
+    program = seccomp.build_filter(machine, counted=True)
 
     assert run(program, arch=0x40000003, number=20) == KILL
     if machine == "x86_64":
@@ -151,8 +151,24 @@ def test_what_depends_on_arguments_is_decided_by_them(
     assert answer(machine, name, *arguments) == expected
 
 
-def test_memory_files_are_refused_where_nothing_counts_them(machine: str) -> None:
-    assert answer(machine, "memfd_create", 0, 1, memfd=False) == "EPERM"
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("memfd_create", (0, 1), "EPERM"),
+        ("mmap", (0, 4096, 3, 0x22), "allowed"),  # private and anonymous: malloc
+        ("mmap", (0, 4096, 3, 0x01), "allowed"),  # shared and of a file
+        ("mmap", (0, 4096, 3, 0x02), "allowed"),
+        ("mmap", (0, 4096, 3, 0x21), "EPERM"),
+        ("mmap", (0, 4096, 3, 0x23), "EPERM"),  # MAP_SHARED_VALIDATE
+        ("mmap", (0, 4096, 3, 0x40022), "EPERM"),
+        ("madvise", (0, 4096, 4), "allowed"),
+        ("madvise", (0, 4096, 21), "EPERM"),
+    ],
+)
+def test_memory_that_can_be_hidden_is_refused_where_nothing_counts_it(
+    machine: str, name: str, arguments: tuple[int, ...], expected: str
+) -> None:
+    assert answer(machine, name, *arguments, counted=False) == expected
 
 
 def test_an_architecture_without_a_filter_is_said_to_be_unsupported() -> None:

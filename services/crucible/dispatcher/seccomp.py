@@ -30,7 +30,8 @@ _OFFSET_NUMBER, _OFFSET_ARCH, _OFFSET_ARGUMENTS = 0, 4, 16
 # linux/sched.h: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET. (NEWTIME is for unshare and clone3 only.)
 _CLONE_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
-_MAP_HUGETLB, _MFD_HUGETLB = 0x40000, 0x4
+_MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB = 0x1, 0x20, 0x40000
+_MFD_HUGETLB, _MADV_PAGEOUT = 0x4, 21
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _NETLINK_ROUTE = 0
 _ALL_ONES = 0xFFFFFFFF
@@ -122,6 +123,7 @@ _INSPECTED: dict[str, tuple[int, int]] = {
     "ioprio_set": (251, 30),
     "personality": (135, 92),
     "mmap": (9, 222),
+    "madvise": (28, 233),
     "memfd_create": (319, 279),
 }
 
@@ -203,7 +205,19 @@ def _sockets() -> list[_Instruction]:
     ]
 
 
-def _inspections(*, memfd: bool) -> dict[str, list[_Instruction]]:
+def _private_or_of_a_file() -> list[_Instruction]:
+    """Refuse anonymous memory that is shared: its pages live on when no process has them mapped, where no one sees them."""
+    return [
+        _argument(3),
+        _Instruction(_JSET, _MAP_HUGETLB, 3, 0),
+        _Instruction(_JSET, _MAP_ANONYMOUS, 0, 1),
+        _Instruction(_JSET, _MAP_SHARED, 1, 0),
+        _ALLOW,
+        _EPERM,
+    ]
+
+
+def _inspections(*, counted: bool) -> dict[str, list[_Instruction]]:
     itself = _only(0, 0)
     return {
         "clone": _without_bits(0, _CLONE_NAMESPACES),
@@ -220,8 +234,9 @@ def _inspections(*, memfd: bool) -> dict[str, list[_Instruction]]:
         "setpriority": _zero_both(0, 1, value_of_first=0),
         "ioprio_set": _zero_both(0, 1, value_of_first=1),
         "personality": _only(0, 0, _ALL_ONES),
-        "mmap": _without_bits(3, _MAP_HUGETLB),
-        "memfd_create": _without_bits(1, _MFD_HUGETLB) if memfd else [_EPERM],
+        "mmap": _without_bits(3, _MAP_HUGETLB) if counted else _private_or_of_a_file(),
+        "memfd_create": _without_bits(1, _MFD_HUGETLB) if counted else [_EPERM],
+        "madvise": [_ALLOW] if counted else _never(2, _MADV_PAGEOUT),
     }
 
 
@@ -230,12 +245,13 @@ def supported(machine: str) -> bool:
     return machine in _AUDIT_ARCH
 
 
-def build_filter(machine: str, *, memfd: bool) -> bytes:
+def build_filter(machine: str, *, counted: bool) -> bytes:
     """Return the program for an architecture, as an array of `struct sock_filter`.
 
     Args:
         machine: `x86_64` or `aarch64`, as `platform.machine()` says.
-        memfd: whether anonymous files are allowed; only where a control group counts their memory.
+        counted: whether a control group counts the memory. Where none does, memory that processes can hold without having it
+            mapped and resident (anonymous files, shared anonymous memory, pages pushed to swap) is refused.
 
     Raises:
         KeyError: there is no filter for this architecture.
@@ -250,7 +266,7 @@ def build_filter(machine: str, *, memfd: bool) -> bytes:
     ]
     if machine == "x86_64":
         program += [_Instruction(_JGE, _X32_BIT, 0, 1), _Instruction(_RETURN, _RET_KILL_PROCESS)]
-    for name, body in _inspections(memfd=memfd).items():
+    for name, body in _inspections(counted=counted).items():
         program += _when(_INSPECTED[name][column], body)
     for numbers in _REFUSED.values():
         if (number := numbers[column]) is not None:

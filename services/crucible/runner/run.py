@@ -56,6 +56,8 @@ REAP_SECONDS = 0.1
 WATCH_SECONDS = 0.02
 # The watch may use at most a twentieth of a processor, however many processes there are to look at.
 WATCH_SHARE = 20
+# What the kernel keeps for each file in memory, empty ones too, roughly.
+INODE_BYTES = 1024
 REPORT_TEXT = 300
 SETUP_FAILED = 125
 PR_SET_DUMPABLE = 4
@@ -267,7 +269,7 @@ class MemoryWatch:
             found = os.statvfs(path)
         except OSError:
             return 0
-        return (found.f_blocks - found.f_bfree) * found.f_frsize
+        return (found.f_blocks - found.f_bfree) * found.f_frsize + (found.f_files - found.f_ffree) * INODE_BYTES
 
     def _resident(self, pid: int) -> int:
         try:
@@ -555,7 +557,7 @@ class Run:
             for descriptor, _ in self._poller.poll(self._patience_ms()):
                 self._attend(descriptor)
             self._look_after(monotonic())
-        self._end_everything()
+        self.end_everything()
         self._ended = monotonic()
         self._drain()
 
@@ -614,6 +616,8 @@ class Run:
             command = os.read(self._plan.commands, 1)
         except BlockingIOError:
             return
+        except OSError as error:  # reset, where something was still unread
+            raise ReaderGoneError from error
         if not command:
             raise ReaderGoneError
         if command == STOP and not self._status:
@@ -670,7 +674,7 @@ class Run:
 
     # -- the end
 
-    def _end_everything(self) -> None:
+    def end_everything(self) -> None:
         """Kill every process that is left, and wait until the last is gone."""
         self._reap()
         while True:
@@ -789,8 +793,11 @@ def main(plan: Plan) -> "tuple[dict[str, object], Teller]":
         run.supervise()
         run.deliver(run.report())
     except ReaderGoneError:
-        run._end_everything()  # noqa: SLF001 - this module's own
+        run.end_everything()
         os._exit(1)
+    except BaseException:
+        run.end_everything()
+        raise
     os._exit(0)
 
 

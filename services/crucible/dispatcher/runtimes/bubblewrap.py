@@ -180,7 +180,7 @@ class BubblewrapRuntime:
         interpreter = await describe(self._settings.python)
         self._groups = await open_groups(self._settings)
         try:
-            program = seccomp.build_filter(machine, memfd=self._groups is not None)
+            program = seccomp.build_filter(machine, counted=self._groups is not None)
             self._prepare(interpreter, self._keep(bwrap, interpreter, program))
             await self._check_staging()
             await probe(self, self._limits, explain)
@@ -322,6 +322,9 @@ class BubblewrapRuntime:
     def _argv(self, spec: SandboxSpec, *, watched: bool) -> list[str]:
         size = str(min(self._limits.tmp_bytes, spec.resources.memory_bytes))
         argv = [*self._prefix_argv]
+        if watched:
+            # It reads the same but cannot be mapped. Mapped, /dev/zero is anonymous shared memory, which the watch cannot see.
+            argv += ["--dev-bind", "/dev/full", "/dev/zero"]
         for folder in _MEMORY_FOLDERS:
             argv += ["--perms", "1777", "--size", size, "--tmpfs", folder]
         argv += ["--perms", "0444", "--ro-bind-data", str(_CODE_FD), CODE]
