@@ -166,6 +166,8 @@ class Platform:
         await self._worker.start()
         stack.push_async_callback(self._worker.drain)
         await self._serve(tracing.wrap_app(make_api_app(self._api)))
+        # Before the server stops: open streams end by themselves then, where it would wait for them.
+        stack.callback(self._api.drain)
         self._announce()
 
     def _lock(self) -> None:
