@@ -28,7 +28,7 @@ test: lint test-unit test-integration ## Set up and run every tier that exists, 
 # Without the plugin of the other tier's API tests, which takes 1 s to load.
 .PHONY: test-unit
 test-unit: setup-dev ## Pure and in-process tests: no network, no server, under 10 s
-	$(PYTEST) tests/unit -p no:schemathesis --junitxml=reports/unit.xml
+	$(PYTEST) tests/unit -p no:schemathesis --numprocesses logical --maxprocesses 4 --junitxml=reports/unit.xml
 
 .PHONY: test-integration
 test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback

@@ -2,7 +2,8 @@
 
 A skipped test is a hole in what a green run shows. So the run ends with every skip, its reason and how to make it run;
 and in CI (`CI=true`) a skip fails, unless it was made by naming a missing capability (`capabilities.needs`) that CI may
-lack. The unit tier's time is reported beside its budget; it is a figure, not a test, since a busy machine is no defect.
+lack. A module that skips itself fails everywhere. The unit tier's time is reported beside its budget; it is a figure, not a
+test, since a busy machine is no defect.
 """
 
 from __future__ import annotations
@@ -23,10 +24,7 @@ from tests.support.unit_tier import BUDGET_SECONDS
 TESTS = Path(__file__).parents[1]
 # The property that marks a report as a capability skip; it also lands in the JUnit report.
 MISSING = "missing-capability"
-UNEXPLAINED = (
-    "skipped without naming a capability, which fails in CI: use tests.support.capabilities.needs(...), "
-    "or delete the test"
-)
+INSTEAD = "use tests.support.capabilities.needs(...), or delete the test"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class RunReport:
     def __init__(self, *, ci: bool) -> None:
         self._ci = ci
         self._skips: list[Skip] = []
-        self._unit_tests = 0
+        self._tiers: set[str] = set()
         self._started = time.monotonic()
 
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -53,14 +51,11 @@ class RunReport:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Give each test the marker of the tier whose folder it is in, and count the unit tier."""
+        """Give each test the marker of the tier whose folder it is in."""
         for item in items:
             tier = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
             if tier in ("unit", "integration"):
                 item.add_marker(tier)
-            self._unit_tests += tier == "unit"
-        if self._unit_tests < len(items):
-            self._unit_tests = 0  # The budget is the unit tier's alone.
 
     def pytest_collection_finish(self) -> None:
         """Take what is loaded by now out of the garbage collector's rounds, which otherwise cost the unit tier a tenth of its time."""
@@ -84,30 +79,31 @@ class RunReport:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Record a skip, and fail it in CI if it names no capability."""
+        """Turn a skip that names no capability into a failure, in CI."""
         report = yield
-        if not report.skipped or hasattr(report, "wasxfail"):
-            return report
-        name = dict(report.user_properties).get(MISSING)
-        if name is None and self._ci:
+        if self._ci and _is_skip(report) and MISSING not in dict(report.user_properties):
             report.outcome = "failed"
-            report.longrepr = f"{UNEXPLAINED} (it said: {_said(report.longrepr)})"
-            return report
-        how = capability(str(name)).how_to_run if name else "remove the skip from the test"
-        self._skips.append(Skip(report.nodeid, _said(report.longrepr), how))
+            report.longrepr = (
+                f"skipped without naming a capability, which fails in CI: {INSTEAD} (it said: {_said(report)})"
+            )
         return report
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-        """Treat a whole module that skips itself in the same way."""
+        """Fail a whole module that skips itself, anywhere: a module's `pytestmark` can name a capability."""
         report = yield
         if report.outcome == "skipped":
-            if self._ci:
-                report.outcome = "failed"
-                report.longrepr = f"{UNEXPLAINED} (it said: {_said(report.longrepr)})"
-            else:
-                self._skips.append(Skip(report.nodeid, _said(report.longrepr), "remove the skip from the module"))
+            report.outcome = "failed"
+            report.longrepr = f"a module may not skip itself: {INSTEAD} (it said: {_said(report)})"
         return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note what was skipped, and which tier this is. Where tests run in several processes, the reports meet here."""
+        self._tiers.add(report.nodeid.partition("::")[0].rpartition("/")[0])
+        if _is_skip(report):
+            name = dict(report.user_properties).get(MISSING)
+            how = capability(str(name)).how_to_run if name else "remove the skip from the test"
+            self._skips.append(Skip(report.nodeid, _said(report), how))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say what did not run, why and how to run it, and what the unit tier took."""
@@ -120,19 +116,14 @@ class RunReport:
             terminalreporter.write_line(f"{len(tests)} skipped: {reason}\n  to run: {how}")
             for test in tests:
                 terminalreporter.write_line(f"    {test}")
-        if self._unit_tests:
+        if self._tiers == {"tests/unit"}:
             terminalreporter.write_line(unit_tier_line(time.monotonic() - self._started, _processor_seconds()))
 
 
 def unit_tier_line(took: float, processor: float) -> str:
-    """Say what the unit tier took beside its budget; the processor's share tells slow tests from a busy machine."""
-    if took <= BUDGET_SECONDS:
-        verdict = ""
-    elif processor <= BUDGET_SECONDS:
-        verdict = "; over budget, on a machine that was busy with other things"
-    else:
-        verdict = "; OVER BUDGET: pytest --durations=10 names the slow tests"
-    return f"unit tier: {took:.1f} s of its {BUDGET_SECONDS} s budget, {processor:.1f} s of it on a processor{verdict}"
+    """Say what the unit tier took beside its budget; the processors' share tells slow tests from a busy machine."""
+    over = "" if took <= BUDGET_SECONDS else "; OVER BUDGET: pytest --durations=10 names the slow tests"
+    return f"unit tier: {took:.1f} s of its {BUDGET_SECONDS} s budget, with {processor:.1f} s of processor time{over}"
 
 
 def _processor_seconds() -> float:
@@ -140,10 +131,14 @@ def _processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _said(longrepr: object) -> str:
+def _is_skip(report: pytest.TestReport) -> bool:
+    return report.skipped and not hasattr(report, "wasxfail")
+
+
+def _said(report: pytest.TestReport | pytest.CollectReport) -> str:
     """Return the reason in a skip's report, which pytest keeps as (file, line, "Skipped: reason")."""
-    text = str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)
-    return text.removeprefix("Skipped: ")
+    said = report.longrepr
+    return (str(said[2]) if isinstance(said, tuple) else str(said)).removeprefix("Skipped: ")
 
 
 def in_ci() -> bool:
