@@ -41,6 +41,11 @@ LOCAL = "local"
 # How long a copy may be under way before the sweep takes it for abandoned.
 _ABANDONED = "1 hour"
 _SWEEP_BATCH = 100
+_UNMARK = "DELETE FROM object_garbage WHERE backend = $1 AND key = $2"
+_ONE_DELETED = "DELETE 1"
+_MARK_DUE = """
+INSERT INTO object_garbage (backend, key, due_at) VALUES ($1, $2, now())
+    ON CONFLICT (backend, key) DO UPDATE SET due_at = excluded.due_at"""
 _STORE_ERRORS = (BaseError, OSError, ValueError)
 
 
@@ -73,8 +78,9 @@ class StoredObject:
 
 
 def _folder_backend(name: str, folder: Path) -> Backend:
-    folder.mkdir(parents=True, exist_ok=True)
-    return Backend(name, LocalStore(folder, mkdir=True), folder)
+    # What people's code printed is theirs: no other user of the machine reads it past the API.
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Backend(name, LocalStore(folder, automatic_cleanup=True, mkdir=True), folder)
 
 
 def _s3_backend(url: str, settings: StorageSettings) -> Backend:
@@ -130,6 +136,12 @@ def _make_durable(path: Path) -> None:
             os.close(handle)
 
 
+def _delete_unfinished(path: Path) -> None:
+    """Delete what a write that was killed has left beside its object: the library writes to `name#1` and then renames."""
+    for left in path.parent.glob(f"{path.name}#*"):
+        left.unlink(missing_ok=True)
+
+
 class ObjectStore:
     """All backends, and the ledger."""
 
@@ -140,25 +152,36 @@ class ObjectStore:
         self._backends: dict[str, Backend] = {}
         self._primary: Backend | None = None
 
-    def open(self) -> None:
-        """Open the configured backends and log once which is primary, why, and what else is read."""
+    async def open(self) -> None:
+        """Open every backend that is configured or in use, and log once which is primary, why, and what else is read."""
         named = self._settings.objects_url
         self._primary = self._add(named or LOCAL)
-        for url in (*self._settings.objects_fallback_urls, LOCAL):
-            if url != LOCAL or named is None or (self._data_dir / "objects").is_dir():
-                self._add(url)
+        for url in self._settings.objects_fallback_urls:
+            self._add(url)
+        # A migration may have led to where no setting points: what the ledger names is read as well.
+        for row in await self._database.fetch("SELECT DISTINCT backend FROM objects ORDER BY 1"):
+            self._backend(row["backend"])
         log.info(
             "object store",
             primary=self._primary.name,
             why="objects_url names it" if named else "objects_url is unset: a folder under the data folder",
             folder=str(self._primary.folder) if self._primary.folder else None,
             fallbacks=[name for name in self._backends if name != self._primary.name],
-            fallbacks_are="read where the ledger says so or the primary lacks an object; never written by submissions",
+            fallbacks_are="read where the ledger says so, or where an object is not where it should be; written by migrations only",
         )
 
     def _add(self, url: str) -> Backend:
         backend = open_backend(url, self._settings, self._data_dir)
         return self._backends.setdefault(backend.name, backend)
+
+    def _backend(self, name: str) -> Backend | None:
+        """Return the backend that the ledger calls by this name, or None if this machine cannot open it."""
+        if name not in self._backends:
+            try:
+                return self._add(name)
+            except _STORE_ERRORS as error:
+                log.warning("an object store that is in use cannot be opened", backend=name, error=_words(error))
+        return self._backends.get(name)
 
     @property
     def primary(self) -> Backend:
@@ -207,8 +230,7 @@ class ObjectStore:
     @staticmethod
     async def _keep(connection: Connection, backend: str, key: str) -> None:
         # The sweep deletes while it holds the entry: if it is still there now, the copy is too.
-        done = await connection.execute("DELETE FROM object_garbage WHERE backend = $1 AND key = $2", backend, key)
-        if done != "DELETE 1":
+        if await connection.execute(_UNMARK, backend, key) != _ONE_DELETED:
             raise ProblemError("unavailable", "an object was swept before it could be used", retry_after=1)
 
     @staticmethod
@@ -254,7 +276,7 @@ class ObjectStore:
         raise DamagedObjectError(row["key"])
 
     def _where(self, name: str) -> list[Backend]:
-        named = self._backends.get(name)
+        named = self._backend(name)
         others = [backend for backend in self._backends.values() if backend is not named]
         return [named, *others] if named else others
 
@@ -308,11 +330,14 @@ class ObjectStore:
         moved = moved_bytes = 0
         failed = []
         for row in rows:
-            if await self._move(row, target):
+            if not await self._copy(row, target):
+                await self._database.execute(
+                    "UPDATE objects SET copy_failures = copy_failures + 1 WHERE id = $1", row["id"]
+                )
+                failed.append(row["key"])
+            elif await self._switch(row, target):
                 moved += 1
                 moved_bytes += row["size"]
-            else:
-                failed.append(row["key"])
         remaining = await self._database.fetchval("SELECT count(*) FROM objects WHERE backend <> $1", target.name)
         await self.sweep()
         return MigrateResult(moved=moved, moved_bytes=moved_bytes, remaining=remaining, failed=failed)
@@ -326,27 +351,23 @@ class ObjectStore:
         except _STORE_ERRORS as error:
             raise ProblemError("invalid-request", str(error)) from error
 
-    async def _move(self, row: Row, target: Backend) -> bool:
-        source = self._backends.get(row["backend"])
+    async def _copy(self, row: Row, target: Backend) -> bool:
+        """Write a copy and read it back; False if there is nothing right to copy, or what came back is not what it should be."""
+        source = self._backend(row["backend"])
         if source is None:
-            log.error("an object lies in a backend that is not configured", backend=row["backend"], object=row["key"])
-            return await self._failed(row)
+            return False
         try:
             data = await self._get(source, row["key"], 0, row["size"])
         except (DamagedObjectError, *_STORE_ERRORS) as error:
-            log.warning(
-                "an object could not be read to be moved", backend=source.name, object=row["key"], error=_words(error)
-            )
-            return await self._failed(row)
+            log.warning("an object could not be read to be moved", object=row["key"], error=_words(error))
+            return False
         await self._mark_garbage(target.name, row["key"])
         await self._put(target, row["key"], data)
         if not await self._matches(target, row):
             # The copy stays marked as garbage and is swept; the original stays where it is.
-            log.error(
-                "a copied object does not match its sha256", source=source.name, target=target.name, object=row["key"]
-            )
-            return await self._failed(row)
-        return await self._switch(row, source, target)
+            log.error("a copied object does not match its sha256", object=row["key"], target=target.name)
+            return False
+        return True
 
     async def _matches(self, target: Backend, row: Row) -> bool:
         try:
@@ -359,61 +380,59 @@ class ObjectStore:
             ) from error
         return await _sha256(copy) == row["sha256"]  # type: ignore[no-any-return]
 
-    async def _failed(self, row: Row) -> bool:
-        await self._database.execute("UPDATE objects SET copy_failures = copy_failures + 1 WHERE id = $1", row["id"])
-        return False
-
-    async def _switch(self, row: Row, source: Backend, target: Backend) -> bool:
+    async def _switch(self, row: Row, target: Backend) -> bool:
+        """Make the copy count instead of the original; False if someone else has moved or deleted the object meanwhile."""
         async with self._database.transaction() as connection:
-            await self._keep(connection, target.name, row["key"])
-            done = await connection.execute(
-                "UPDATE objects SET backend = $3, copy_failures = 0 WHERE id = $1 AND backend = $2",
+            kept = await connection.execute(_UNMARK, target.name, row["key"])
+            switched = await connection.execute(
+                "UPDATE objects SET backend = $3, copy_failures = 0 WHERE id = $1 AND backend = $2 AND $4",
                 row["id"],
-                source.name,
+                row["backend"],
                 target.name,
+                kept == _ONE_DELETED,
             )
-            # Not there: deleted, or moved by someone else. Whichever copy then counts for nothing is garbage.
-            stale = source if done == "UPDATE 1" else target
-            await connection.execute(
-                """INSERT INTO object_garbage (backend, key, due_at) VALUES ($1, $2, now())
-                   ON CONFLICT (backend, key) DO UPDATE SET due_at = excluded.due_at""",
-                stale.name,
-                row["key"],
-            )
-        return True
+            # The copy that does not count now is garbage; the sweep looks again whether it counts before it deletes anything.
+            moved: bool = switched == "UPDATE 1"
+            await connection.execute(_MARK_DUE, row["backend"] if moved else target.name, row["key"])
+        return moved
 
     # -- deleting
 
     async def sweep(self) -> int:
         """Delete copies that are due, unless the ledger has come to count on them. Returns how many."""
         swept = 0
+        away: set[str] = set()
         while True:
             async with self._database.transaction() as connection:
                 rows = await connection.fetch(
                     """SELECT g.backend, g.key, o.id IS NOT NULL AS counts
                          FROM object_garbage AS g LEFT JOIN objects AS o ON o.backend = g.backend AND o.key = g.key
-                        WHERE g.due_at <= now() AND g.backend = ANY($1)
+                        WHERE g.due_at <= now() AND NOT g.backend = ANY($1)
                         ORDER BY g.due_at LIMIT $2 FOR UPDATE OF g SKIP LOCKED""",
-                    list(self._backends),
+                    list(away),
                     _SWEEP_BATCH,
                 )
                 done = []
                 for row in rows:
-                    if not row["counts"] and not await self._delete(row["backend"], row["key"]):
-                        # A backend that is away takes its time to say so; the rest waits for the next sweep.
-                        break
-                    done.append(row)
-                await connection.executemany(
-                    "DELETE FROM object_garbage WHERE backend = $1 AND key = $2",
-                    [(row["backend"], row["key"]) for row in done],
-                )
+                    # A backend that is away takes its time to say so, every time: once is enough.
+                    if row["backend"] in away:
+                        continue
+                    if row["counts"] or await self._delete(row["backend"], row["key"]):
+                        done.append((row["backend"], row["key"]))
+                    else:
+                        away.add(row["backend"])
+                await connection.executemany(_UNMARK, done)
             swept += len(done)
-            if len(done) < _SWEEP_BATCH:
+            if len(rows) < _SWEEP_BATCH:
                 return swept
 
     async def _delete(self, name: str, key: str) -> bool:
-        backend = self._backends[name]
+        backend = self._backend(name)
+        if backend is None:
+            return False
         try:
+            if backend.folder is not None:
+                await asyncio.to_thread(_delete_unfinished, backend.folder / key)
             await self._measured(backend, "delete", 0, obstore.delete_async(backend.store, key))
         except FileNotFoundError:
             return True

@@ -89,7 +89,7 @@ class Storage:
         """
         await migrate(self.database.url)
         await self.database.open()
-        self.objects.open()
+        await self.objects.open()
         await self.submissions.open()
         await self.dead_letters.gauge()
         loops = {"relay": self.relay.run, "bell": self.bell.run, "upkeep": self.upkeep.run}
