@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from crucible.storage.engine import Database, Row
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_CURSOR = re.compile(r"[0-9]{1,18}\.[0-9]{1,18}")
+_CURSOR = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
 PAGE_MOST = 1000
 
 # Rows below the oldest open transaction: no row that is committed later can sort before them.
