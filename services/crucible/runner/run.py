@@ -405,7 +405,7 @@ def become_code(
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         # The highest number that the code may use, so that its own files count from 3 as they do everywhere.
-        place = (plan.open_files or 256) - 1
+        place = min(plan.open_files or 256, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
         teller = Teller(os.dup2(told, place, inheritable=False))
         for descriptor in {*runners, stdout, stderr, told} - {0, 1, 2, place}:
             os.close(descriptor)

