@@ -17,6 +17,7 @@ import pwd
 import shutil
 import signal
 import stat
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ _START_SECONDS = 60.0
 _STOP_SECONDS = 15.0
 _LEFTOVER_SECONDS = 5.0
 _POLL_SECONDS = 0.02
+_WATCH_SECONDS = 0.1
 _SETTINGS = {
     "listen_addresses": "",
     "max_connections": "64",
@@ -109,7 +111,7 @@ class PostgresServer:
         self._socket_dir = self._choose_socket_dir()
         self._settings = _SETTINGS | ({} if durable else _UNDURABLE_SETTINGS)
         self._account = _server_account()
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -120,7 +122,7 @@ class PostgresServer:
     @property
     def pid(self) -> int | None:
         """Return the process id of the postmaster while it runs."""
-        return self._process.pid if self._process and self._process.returncode is None else None
+        return self._process.pid if self._process and self._process.poll() is None else None
 
     async def start(self) -> str:
         """Make the cluster if there is none, start the server, and return the URL of the database.
@@ -146,14 +148,13 @@ class PostgresServer:
                 await self._watcher
             self._watcher = None
         process = self._process
-        if process is None or process.returncode is not None:
+        if process is None or process.poll() is not None:
             return
         # SIGINT is PostgreSQL's "fast" shutdown: sessions end, everything is written. SIGQUIT leaves recovery to the next start.
         for sig in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(sig)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+            process.send_signal(sig)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(process.wait, _STOP_SECONDS)
                 return
 
     def _choose_socket_dir(self) -> Path:
@@ -201,13 +202,13 @@ class PostgresServer:
             return {}
         return {"user": self._account.uid, "group": self._account.gid, "extra_groups": []}
 
-    async def _run(self, command: Sequence[str | Path]) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd="/", **self._identity()
+    def _run(self, command: Sequence[str | Path]) -> None:
+        done = subprocess.run(  # noqa: S603 - the wheel's own programs
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/", check=False, **self._identity()
         )
-        output, _ = await process.communicate()
-        if process.returncode:
-            raise PostgresError(f"{Path(command[0]).name} failed: {output.decode(errors='replace').strip()}")
+        if done.returncode:
+            words = done.stdout.decode(errors="replace").strip()
+            raise PostgresError(f"{Path(command[0]).name} failed: {words}")
 
     async def _make_cluster(self, binaries: Path) -> None:
         # Made beside its place and moved there whole: a start that is killed half-way leaves no half cluster to trip over.
@@ -217,7 +218,8 @@ class PostgresServer:
         fresh.mkdir(mode=0o700)
         if self._account:
             os.chown(fresh, self._account.uid, self._account.gid)
-        await self._run(
+        await asyncio.to_thread(
+            self._run,
             [
                 binaries / "initdb",
                 "--pgdata", fresh,
@@ -230,7 +232,7 @@ class PostgresServer:
                 "--locale", "C",
                 "--no-instructions",
                 *([] if "fsync" not in self._settings else ["--no-sync"]),
-            ]
+            ],
         )  # fmt: skip
         fresh.rename(self._pgdata)
 
@@ -280,14 +282,21 @@ class PostgresServer:
         startup_log = self._root / "postgres-start.log"
         options = [part for name, value in self._settings.items() for part in ("-c", f"{name}={value}")]
         with startup_log.open("wb") as output:
-            self._process = await asyncio.create_subprocess_exec(
-                binaries / "postgres", "-D", self._pgdata, "-k", self._socket_dir, *options,
-                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, cwd="/", start_new_session=True,
+            # Not asyncio's own: event loops differ in what of this they can do. It must come from the main thread (see
+            # `die_with_parent`), and takes a millisecond.
+            self._process = subprocess.Popen(  # noqa: ASYNC220, S603 - the wheel's own program
+                [binaries / "postgres", "-D", self._pgdata, "-k", self._socket_dir, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd="/",
+                start_new_session=True,
                 # "Immediate" shutdown: it works at every moment of a start, where SIGINT can leave the server waiting for
                 # itself, and whoever kills the platform gets what a crash gives: recovery at the next start, nothing lost.
-                preexec_fn=die_with_parent(signal.SIGQUIT), **self._identity(),
-            )  # fmt: skip
-        while self._process.returncode is None:
+                preexec_fn=die_with_parent(signal.SIGQUIT),  # noqa: PLW1509 - nothing but one system call
+                **self._identity(),
+            )
+        while self._process.poll() is None:
             lines = self._pid_file()
             if len(lines) >= 8 and lines[0].strip() == str(self._process.pid) and lines[7].strip() == "ready":
                 return True
@@ -312,7 +321,10 @@ class PostgresServer:
     async def _watch(self, binaries: Path) -> None:
         """Start the server again if it ends on its own."""
         while self._process:
-            code = await self._process.wait()
+            code = self._process.poll()
+            if code is None:
+                await asyncio.sleep(_WATCH_SECONDS)
+                continue
             log.warning("PostgreSQL ended unexpectedly; starting it again", returncode=code)
             try:
                 await self._launch(binaries)
