@@ -145,7 +145,9 @@ def test_code_that_is_not_there_is_the_codes_own_exception(tmp_path: Path) -> No
 def test_a_set_up_that_fails_is_the_platforms_error(tmp_path: Path) -> None:
     read, write = os.pipe()
     # There is no such limit.
-    with runner(tmp_path / "main.py", "print('never')", f"frames={write}", "file_bytes=-5", passed=write) as program:
+    with runner(
+        tmp_path / "main.py", "print('never')", f"frames={write}", "file_bytes=9" + "9" * 30, passed=write
+    ) as program:
         os.close(write)
         with os.fdopen(read, "rb") as frames:
             told = decode_all(frames.read())
