@@ -74,8 +74,8 @@ REASONS: dict[Reason, tuple[str, str]] = {
         "Nothing: it was tried again, until attempts ran out.",
     ),
     Reason.PREEMPTED: (
-        "The platform ended the sandbox for something else, such as a worker that stops.",
-        "Nothing: it was tried again, until attempts ran out.",
+        "The platform ended the sandbox to give way, such as when a worker stops.",
+        "Nothing: it is tried again, as often as that happens.",
     ),
     Reason.NODE_LOST: (
         "Whoever held it fell silent: a worker, dispatcher or node is gone.",

@@ -81,7 +81,10 @@ class StorageSettings(_Section):
     s3_region: str = Field("us-east-1", description="Region of the S3 store")
     lease_seconds: float = Field(30.0, gt=0, description="A worker silent for this long has lost what it held")
     max_attempts: int = Field(
-        3, ge=1, le=10, description="Attempts before an evaluation that the platform keeps losing becomes a dead letter"
+        3,
+        ge=1,
+        le=10,
+        description="Losses after which an evaluation becomes a dead letter; what gives way on purpose (a drain) is not a loss",
     )
     aging_seconds: float = Field(
         600.0, gt=0, description="Waiting this long raises an evaluation's effective priority by one, up to the highest"

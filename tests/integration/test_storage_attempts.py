@@ -229,7 +229,7 @@ async def test_cancelling_what_is_not_there_is_not_found(bench: Bench) -> None:
 # -- loss
 
 
-@pytest.mark.parametrize("reason", sorted(RETRYABLE_REASONS))
+@pytest.mark.parametrize("reason", sorted(RETRYABLE_REASONS - {Reason.PREEMPTED}))
 async def test_what_the_platform_keeps_losing_becomes_a_dead_letter(bench: Bench, reason: Reason) -> None:
     record = await bench.submit(priority=4)
     for attempt in (1, 2):
@@ -240,7 +240,7 @@ async def test_what_the_platform_keeps_losing_becomes_a_dead_letter(bench: Bench
     await bench.claim_one()
     final = await bench.finish(record.id, reason, attempt=3, peak_memory_bytes=5)
     assert (final.state, final.reason, final.attempt, final.peak_memory_bytes) == (State.FAILED, reason, 3, 5)
-    assert final.detail == f"test: {reason} (attempt 3 of 3)"
+    assert final.detail == f"test: {reason} (lost 3 times; no attempt is left)"
     page = await bench.client.dead_letters()
     (letter,) = page.items
     assert (letter.evaluation_id, letter.owner, letter.reason, letter.attempts) == (record.id, "ada", reason, 3)
@@ -248,6 +248,15 @@ async def test_what_the_platform_keeps_losing_becomes_a_dead_letter(bench: Bench
     assert metric("dlq_size") == 1
     assert await bench.finish(record.id, reason, attempt=3) == final
     assert (await bench.client.dead_letters()).total == 1
+
+
+async def test_what_gives_way_on_purpose_is_queued_again_however_often(bench: Bench) -> None:
+    record = await bench.submit()
+    for attempt in range(1, 7):
+        assert (await bench.claim_one()).attempt == attempt
+        again = await bench.finish(record.id, Reason.PREEMPTED, attempt=attempt)
+        assert again.state == State.QUEUED
+    assert (await bench.client.dead_letters()).total == 0
 
 
 async def test_a_dead_letter_is_replayed_whole_and_once(bench: Bench) -> None:

@@ -243,25 +243,26 @@ class Attempts:
         chosen = _as_read(row, expired=expired)
         if row["cancel_reason"] is not None:
             return await self._cancel_lost(row, chosen, actor, detail)
-        attempts = row["losses"] + 1
-        if attempts < self._max_attempts:
+        # Giving way on purpose (a drain, an upgrade) says nothing about the evaluation, however often it happens.
+        losses = row["losses"] + (reason is not Reason.PREEMPTED)
+        if losses < self._max_attempts:
             again = Step(State.QUEUED, actor=actor, reason=reason, detail=detail)
             return await self._requeue(
                 row,
                 chosen,
                 again,
                 {
-                    "losses": Sql("e.losses + 1"),
+                    "losses": losses,
                     # It waits anew; its place in the queue is by number and priority, which it keeps.
                     "queued_at": NOW,
                     "queue_deadline": Sql("picked.at + make_interval(secs => e.queue_timeout_seconds)"),
                 },
             )
-        ended = f"{detail} (attempt {attempts} of {self._max_attempts})"
+        ended = f"{detail} (lost {losses} times; no attempt is left)"
         step = Step(terminal_state_of(reason), actor=actor, reason=reason, detail=ended)
         changes: dict[str, object] = _measured(outcome) if outcome else {}
-        changes |= {"losses": Sql("e.losses + 1")}
-        return await self._end(row, chosen, [step], changes, dead_letter_attempts=attempts)
+        changes |= {"losses": losses}
+        return await self._end(row, chosen, [step], changes, dead_letter_attempts=losses)
 
     async def _cancel_lost(self, row: Row, chosen: Chosen, actor: str, detail: str) -> Row | None:
         step = Step(
