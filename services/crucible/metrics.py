@@ -68,6 +68,13 @@ OBJECT_BYTES = Counter(
 )
 OUTBOX_LAG = Gauge("storage_outbox_oldest_seconds", "Age of the oldest event not yet published", registry=REGISTRY)
 EVENTS_PUBLISHED = Counter("event_published_total", "Events handed to the bus", ["type"], registry=REGISTRY)
+QUEUE_DEPTH = Gauge(
+    "evaluation_queue_depth",
+    "Evaluations that wait, by effective priority",
+    ["size_class", "priority"],
+    registry=REGISTRY,
+)
+QUEUE_OLDEST = Gauge("evaluation_queue_oldest_seconds", "Longest present wait", ["size_class"], registry=REGISTRY)
 DLQ_SIZE = Gauge("dlq_size", "Dead letters not yet replayed or deleted", registry=REGISTRY)
 SLOTS = Gauge("worker_slots", "Worker slots", ["size_class", "state"], registry=REGISTRY)
 BREAKER_OPEN = Gauge(

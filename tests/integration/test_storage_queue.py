@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crucible import contracts as c
+from crucible import metrics
 from crucible.evaluation import Reason, State
 from crucible.limits import SizeClass
 from crucible.resilience import CallFailedError
@@ -403,3 +404,23 @@ async def test_a_position_counts_who_is_ahead_in_the_same_class(bench: Bench) ->
     await bench.claim_one()
     assert (await bench.client.position(high.id)).position == 0
     assert (await bench.client.position(low.id)).position == 3
+
+
+# -- what can be seen of it
+
+
+async def test_metrics_show_what_waits_and_that_it_is_gone(bench: Bench) -> None:
+    await bench.submit(priority=7)
+    await bench.submit(priority=7)
+
+    def depth() -> float | None:
+        return metrics.REGISTRY.get_sample_value("evaluation_queue_depth", {"size_class": "small", "priority": "7"})
+
+    await bench.storage.queue.gauge()
+    assert depth() == 2
+    oldest = metrics.REGISTRY.get_sample_value("evaluation_queue_oldest_seconds", {"size_class": "small"})
+    assert oldest is not None
+    assert oldest > 0
+    await bench.claim(2)
+    await bench.storage.queue.gauge()
+    assert depth() == 0

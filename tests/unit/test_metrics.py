@@ -29,6 +29,8 @@ PROMISED = {
     "dispatcher_jobs_created_total": {"result"},
     "storage_op_duration_seconds": {"backend", "op"},
     "dlq_size": set(),
+    "evaluation_queue_depth": {"size_class", "priority"},
+    "evaluation_queue_oldest_seconds": {"size_class"},
 }
 
 

@@ -11,10 +11,10 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from crucible import logs
+from crucible import logs, metrics
 from crucible.contracts import Claim, ClaimList, LeaseAnswer, QueueBand, QueuePosition, QueueReport
 from crucible.evaluation import State
-from crucible.limits import SizeClass
+from crucible.limits import PRIORITY_MAX, PRIORITY_MIN, SizeClass
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
 from crucible.storage.records import evaluation_spec
@@ -221,6 +221,15 @@ class Queue:
             running={SizeClass(row["size_class"]): row["held"] for row in running},
             mean_hold_seconds=await self._mean_hold(),
         )
+
+    async def gauge(self) -> None:
+        """Feed the metrics of what waits; a band that has emptied shows 0."""
+        bands = {(row["size_class"], row["effective_priority"]): row for row in await self._database.fetch(_BANDS)}
+        for size in SizeClass:
+            rows = [bands.get((size, priority)) for priority in range(PRIORITY_MIN, PRIORITY_MAX + 1)]
+            for priority, row in enumerate(rows, PRIORITY_MIN):
+                metrics.QUEUE_DEPTH.labels(size, priority).set(row["waiting"] if row else 0)
+            metrics.QUEUE_OLDEST.labels(size).set(max((row["oldest_seconds"] for row in rows if row), default=0.0))
 
     async def _mean_hold(self) -> dict[SizeClass, float]:
         rows = await self._database.fetch(_MEAN_HOLD)

@@ -12,6 +12,7 @@ from crucible.storage.bell import Bell
 from crucible.storage.dead_letters import DeadLetters
 from crucible.storage.engine import Database
 from crucible.storage.keys import Keys
+from crucible.storage.loops import every
 from crucible.storage.migrate import migrate
 from crucible.storage.objects import ObjectStore
 from crucible.storage.output import Outputs
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from crucible.settings import StorageSettings
 
 log = logs.get_logger("storage")
+
+# Well below the 15 s at which Prometheus commonly scrapes.
+_GAUGE_S = 5.0
 
 
 class Storage:
@@ -92,8 +96,11 @@ class Storage:
         await self.objects.open()
         await self.submissions.open()
         await self.dead_letters.gauge()
-        loops = {"relay": self.relay.run, "bell": self.bell.run, "upkeep": self.upkeep.run}
+        loops = {"relay": self.relay.run, "bell": self.bell.run, "upkeep": self.upkeep.run, "gauge": self._gauge}
         self._tasks = [asyncio.create_task(run(), name=f"storage-{name}") for name, run in loops.items()]
+
+    async def _gauge(self) -> None:
+        await every("gauge", _GAUGE_S, self.queue.gauge)
 
     async def aclose(self) -> None:
         """Answer waiting claims, stop the loops and close every connection. What is not yet relayed is relayed by the next start."""
