@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import shutil
+import signal
 import tempfile
 import threading
 import uuid
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import psutil
 
 from crucible.local.postgres import PostgresServer
 from crucible.storage import migrate
@@ -48,10 +50,13 @@ class SharedServer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_START_SECONDS)
 
     def close(self) -> None:
-        """Stop the server and delete its data."""
-        self._call(self._server.stop())
+        """End the server and delete its data; at the interpreter's exit, where no thread pool takes work any more."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_START_SECONDS)
+        if self._server.pid is not None:
+            process = psutil.Process(self._server.pid)
+            process.send_signal(signal.SIGQUIT)
+            process.wait(_START_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def stop(self) -> None:
@@ -61,6 +66,11 @@ class SharedServer:
     async def start(self) -> None:
         """Start it again."""
         await asyncio.to_thread(self._call, self._server.start())
+
+    async def start_if_stopped(self) -> None:
+        """Leave it running, whatever a test did to it."""
+        if self._server.pid is None:
+            await self.start()
 
     def url_of(self, database: str) -> str:
         """Return the URL of one of its databases."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def outcome_of(reason: Reason, **fields: Any) -> Outcome:
 
 @dataclass
 class Bench:
-    """A running storage service and short ways to say what tests do with it."""
+    """A running storage service and short ways to say what tests do with it. `heard` is all that its bus has said."""
 
     storage: Storage
     client: StorageClient
@@ -76,7 +76,7 @@ class Bench:
     url: str
     data_dir: Path
     health: Health
-    heard: list[Event] = field(default_factory=list)
+    heard: list[Event]
 
     async def submit(self, code: str = "print('hello')", **fields: Any) -> c.EvaluationRecord:
         """Store one evaluation."""
@@ -163,11 +163,19 @@ async def storage_over(
         StorageSettings(**settings), limits or Limits(), bus, database_url=url, data_dir=data_dir, instance=instance
     )
     health = Health("storage", "test")
+    heard: list[Event] = []
     await storage.start()
     try:
         app = make_storage_app(storage, TOKEN, health)
-        async with open_client(app, TOKEN) as http:
-            yield Bench(storage, StorageClient(http), bus, url, data_dir, health)
+
+        def hear(event: Event) -> bool:
+            # The filter sees every event as it is published, however many; the subscriber's queue stays empty.
+            heard.append(event)
+            return False
+
+        with bus.subscribe(hear):
+            async with open_client(app, TOKEN) as http:
+                yield Bench(storage, StorageClient(http), bus, url, data_dir, health, heard)
     finally:
         await storage.aclose()
 

@@ -131,7 +131,7 @@ class Database:
         with unavailable_if_down(self._lost):
             self._pool = await asyncpg.create_pool(
                 self.url,
-                min_size=min(2, self._pool_size),
+                min_size=0,  # a floor would be rebuilt in the background while the server is away, with a traceback per try
                 max_size=self._pool_size,
                 max_inactive_connection_lifetime=0,
                 connection_class=_PooledConnection,
@@ -139,7 +139,7 @@ class Database:
                 command_timeout=_CLIENT_TIMEOUT_S,
                 server_settings=_SERVER_SETTINGS,
             )
-        self._answered()
+        await self.fetchval("SELECT 1")
 
     async def close(self) -> None:
         """Close every connection."""

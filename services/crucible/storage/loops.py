@@ -6,10 +6,9 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
-import asyncpg
-
 from crucible import logs
 from crucible.problems import ProblemError
+from crucible.storage.engine import unavailable_if_down
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -26,9 +25,10 @@ async def keep_trying(name: str, session: Callable[[], Awaitable[None]]) -> None
     while True:
         started = asyncio.get_running_loop().time()
         try:
-            await session()
-        except (ProblemError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-            log.warning("a storage loop lost the database and will try again", loop=name, error=str(error))
+            with unavailable_if_down():
+                await session()
+        except ProblemError as error:
+            log.warning("a storage loop lost the database and will try again", loop=name, error=error.detail)
         except Exception:
             log.exception("a storage loop failed and will try again", loop=name)
         if asyncio.get_running_loop().time() - started > _WAIT_LONGEST_S:
