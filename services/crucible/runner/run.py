@@ -400,13 +400,15 @@ def become_code(
     plan: Plan, stdout: int, stderr: int, told: int, runners: "Iterable[int]"
 ) -> "tuple[dict[str, object], Teller]":
     """In the forked child: take the code's place, holding nothing of the runner's. Ends the process if that fails."""
+    voice = told
     try:
         os.setsid()
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         # The highest number that the code may use, so that its own files count from 3 as they do everywhere.
         place = min(plan.open_files or 256, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
-        teller = Teller(os.dup2(told, place, inheritable=False))
+        voice = os.dup2(told, place, inheritable=False)
+        teller = Teller(voice)
         for descriptor in {*runners, stdout, stderr, told} - {0, 1, 2, place}:
             os.close(descriptor)
         if LINUX:
@@ -416,7 +418,7 @@ def become_code(
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         namespace = prepare_interpreter(plan)
     except BaseException as error:
-        os.write(told, f"!{type(error).__name__}: {error}".encode("utf-8", "replace")[:REPORT_TEXT])
+        os.write(voice, f"!{type(error).__name__}: {error}".encode("utf-8", "replace")[:REPORT_TEXT])
         os._exit(SETUP_FAILED)
     teller.tell(b"+")
     return namespace, teller
