@@ -383,6 +383,8 @@ async def _chaos(bench: Bench, evaluation_id: str, chance: random.Random) -> Non
 @pytest.mark.parametrize("seed", range(6))
 async def test_whatever_order_words_come_in_exactly_one_end_is_recorded(bench: Bench, seed: int) -> None:
     chance = random.Random(seed)
+    cursor = (await bench.client.event_stream()).cursor
+    assert cursor is not None
     for _ in range(8):
         record = await bench.submit()
         await _chaos(bench, record.id, chance)
@@ -398,6 +400,13 @@ async def test_whatever_order_words_come_in_exactly_one_end_is_recorded(bench: B
         assert claims == list(range(1, len(claims) + 1))
         text, _ = await bench.client.output(record.id, "stdout")
         assert text in (b"", f"attempt {final.attempt}".encode())
+    streamed = (await bench.client.event_stream(cursor=cursor, limit=1000)).events
+    stored = await bench.sql("SELECT count(*) AS n FROM events")
+    assert len(streamed) == stored[0]["n"]
+    for evaluation_id in {event.evaluation_id for event in streamed}:
+        assert await bench.events(evaluation_id) == [
+            event.model_copy(update={"cursor": None}) for event in streamed if event.evaluation_id == evaluation_id
+        ]
     assert (
         await bench.sql(
             "SELECT count(*) AS n FROM output_chunks AS c LEFT JOIN evaluations AS e "

@@ -49,6 +49,7 @@ def make_storage_app(storage: Storage, token: str, health: Health) -> FastAPI:
         health,
         title="Crucible storage",
         description="The owner of PostgreSQL and the object store. For the platform's own services only.",
+        openapi_url=None,
     )
     router = APIRouter(prefix="/internal", dependencies=[Depends(require_internal(token))])
     _add_evaluations(router, storage)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from crucible import logs
-from crucible.health import Heartbeat
 from crucible.limits import SizeClass
 from crucible.storage.engine import connect
 from crucible.storage.loops import keep_trying
@@ -36,7 +35,6 @@ class Bell:
         self._listeners: dict[SizeClass, set[asyncio.Event]] = {size: set() for size in SizeClass}
         self._untold: set[SizeClass] = set()
         self._something_untold = asyncio.Event()
-        self.heartbeat = Heartbeat(_CHECK_S * 6)
 
     @contextmanager
     def listen(self, sizes: Iterable[SizeClass]) -> Iterator[asyncio.Event]:
@@ -79,7 +77,6 @@ class Bell:
             # Whatever was rung while nothing listened here was missed.
             self.ring_here(SizeClass)
             while True:
-                self.heartbeat.beat()
                 try:
                     async with asyncio.timeout(_CHECK_S):
                         await self._something_untold.wait()

@@ -92,10 +92,14 @@ class Storage:
             MigrationError: the database's schema is not one that this version can use.
         """
         await migrate(self.database.url)
-        await self.database.open()
-        await self.objects.open()
-        await self.submissions.open()
-        await self.dead_letters.gauge()
+        try:
+            await self.database.open()
+            await self.objects.open()
+            await self.submissions.open()
+            await self.dead_letters.gauge()
+        except BaseException:
+            await self.database.close()
+            raise
         loops = {"relay": self.relay.run, "bell": self.bell.run, "upkeep": self.upkeep.run, "gauge": self._gauge}
         self._tasks = [asyncio.create_task(run(), name=f"storage-{name}") for name, run in loops.items()]
 

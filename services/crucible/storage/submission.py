@@ -7,8 +7,10 @@ submission wait for the one before it; how is told at `_Headroom`.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import orjson
 
@@ -195,6 +197,7 @@ class Submissions:
         self._database = database
         self._queued = queued
         self._headroom = _Headroom()
+        self._counting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def open(self) -> None:
         """Learn how many connections may submit at once, over all instances."""
@@ -242,7 +245,9 @@ class Submissions:
                 rows = await connection.fetch(_CREATE, owner, until, *_arrays(items))
             if rows[0]["open"]:
                 return _by_id(rows), False, None
-        return await self._insert_counting(items, owner, request.max_active)
+        # One at a time here as well: those who wait for the owner's lock in the database would each hold a connection.
+        async with self._counting.setdefault(owner, asyncio.Lock()):
+            return await self._insert_counting(items, owner, request.max_active)
 
     async def _insert_counting(
         self, items: list[NewEvaluation], owner: str, max_active: int
