@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+import structlog
 
 from crucible import contracts as c
 from crucible.evaluation import Reason, State
@@ -68,7 +69,8 @@ async def test_a_submission_that_fails_half_way_leaves_nothing(bench: Bench) -> 
         await bench.sql(f"CREATE TRIGGER refuse BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION refuse()")
         for max_active in (None, 100):
             request = c.NewEvaluations(items=[new_evaluation() for _ in range(3)], max_active=max_active)
-            answer = await bench.client._http.post("/internal/evaluations", json=request.model_dump(mode="json"))
+            with structlog.testing.capture_logs():
+                answer = await bench.client._http.post("/internal/evaluations", json=request.model_dump(mode="json"))
             assert answer.status_code == 500
         await bench.sql(f"DROP TRIGGER refuse ON {table}")
         assert set((await counts(bench)).values()) == {0}
