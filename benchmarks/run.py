@@ -223,7 +223,8 @@ async def throughput(wire: Wire, count: int, slots: int) -> list[Figure]:
         number = min(100, count - begin)
         reference += await asyncio.to_thread(bare, number)
         started = time.perf_counter()
-        await wire.batch([{"code": CODE, "cpu_limit": "1"}] * number)
+        *_, last = await wire.batch([{"code": CODE, "cpu_limit": "1"}] * number)
+        await wire.ended(last)
         await wire.drained()
         ours += time.perf_counter() - started
     return [

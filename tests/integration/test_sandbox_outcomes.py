@@ -293,10 +293,17 @@ async def test_many_small_writes_arrive_in_few_frames(sandboxes: Sandboxes) -> N
     assert len(ran.story.frames()) < 2_000
 
 
-async def test_a_short_run_costs_storage_three_calls(sandboxes: Sandboxes) -> None:
-    ran = await sandboxes.run("import sys\nprint('a'); print('b', file=sys.stderr); print('c')")
+async def test_a_longer_run_is_announced_before_it_ends(sandboxes: Sandboxes) -> None:
+    ran = await sandboxes.run("import time; time.sleep(0.3); print('a')")
 
     assert ran.story.calls == ["running", "output", "finish"]
+
+
+async def test_a_short_run_costs_storage_at_most_three_calls(sandboxes: Sandboxes) -> None:
+    ran = await sandboxes.run("import sys\nprint('a'); print('b', file=sys.stderr); print('c')")
+
+    # On a busy machine even this is long enough to be announced.
+    assert ran.story.calls in (["output", "finish"], ["running", "output", "finish"])
     finish = ran.story.finishes[0]
     assert finish.started_at is not None
     assert finish.actor == "dispatcher/test"
