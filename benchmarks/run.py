@@ -356,6 +356,29 @@ def validation() -> list[Figure]:
     return figures
 
 
+def command_start(runs: int) -> list[Figure]:
+    """How long a person waits for the command line to answer at all, in turn with a bare interpreter."""
+    ours, bare = [], []
+    for _ in range(runs):
+        for command, took in (
+            ([sys.executable, "-m", "crucible.cli.main", "--help"], ours),
+            ([sys.executable, "-c", "pass"], bare),
+        ):
+            started = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            took.append(time.perf_counter() - started)
+    middle, reference = percentile(ours, 0.5), percentile(bare, 0.5)
+    return [
+        Figure(
+            "`crucible --help`, p50",
+            ms(middle),
+            f"{ms(reference)} (python -c pass)",
+            f"{middle / reference:.1f}x",
+            "< 300 ms",
+        )
+    ]
+
+
 def show(figures: list[Figure], *, as_json: bool) -> None:
     """Print the result."""
     if as_json:
@@ -397,7 +420,7 @@ def main() -> None:
         print(
             f"{machine.machine()}, {os.cpu_count()} processors, Python {machine.python_version()}, Linux {machine.release()}; reference: bare bubblewrap\n"
         )
-    figures = validation()
+    figures = validation() + command_start(5 if arguments.quick else 15)
     with running_platform(arguments.slots) as (url, key, pid):
         figures += asyncio.run(measure(url, key, pid, arguments.slots, quick=arguments.quick))
     show(figures, as_json=arguments.json)

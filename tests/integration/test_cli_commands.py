@@ -11,7 +11,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -462,24 +462,3 @@ def test_a_mistake_of_ours_has_an_exit_code_of_its_own() -> None:
 def test_shell_completion_is_offered(cli: Cli) -> None:
     done = cli.run("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert b"complete" in done.stdout
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"]])
-def test_the_command_starts_within_300_ms(cli: Cli, arguments: list[str], best_of: Callable[..., float]) -> None:
-    assert best_of(lambda: cli.run(*arguments)) < 0.3
-
-
-@pytest.fixture
-def best_of() -> Callable[[Callable[[], object]], float]:
-    """Seconds of the fastest of a few runs, since a busy machine only ever adds."""
-    import time
-
-    def measure(action: Callable[[], object]) -> float:
-        times = []
-        for _ in range(8):
-            started = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    return measure

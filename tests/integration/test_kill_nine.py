@@ -73,8 +73,14 @@ async def submit_some(dice: random.Random, platform: PlatformProcess, accepted: 
 async def all_gone(processes: list[psutil.Process]) -> None:
     """Wait until none of a killed platform's processes is left."""
 
+    def lives(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     def gone() -> bool:
-        return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return not any(map(lives, processes))
 
     await wait_until_async(gone, timeout=20, describe=f"the killed platform's children to follow it: {processes}")
 

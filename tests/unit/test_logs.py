@@ -264,6 +264,8 @@ def test_what_json_cannot_hold_is_written_all_the_same() -> None:
 def test_a_long_hostile_text_costs_little_and_is_cut(text: str) -> None:
     started = perf_counter()
     line = shown(text=text)
-    assert perf_counter() - started < 0.5
+    assert perf_counter() - started < 20, (
+        "cost grows with the square of the length: minutes, where it should be milliseconds"
+    )
     assert len(line) < 200_000
     assert "characters more]" in line

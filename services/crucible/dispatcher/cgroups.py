@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import os
 import re
@@ -171,11 +172,35 @@ async def _remove_tree(base: Path) -> None:
     await _remove(base)
 
 
+def _hold(base: Path) -> int:
+    """Lock a base group of ours for as long as we live; the kernel lets go when we die. Returns the descriptor to close.
+
+    A process id alone does not tell who is dead: an instance in another PID namespace is invisible, and may share our hierarchy.
+    """
+    descriptor = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _is_held(base: Path) -> bool:
+    descriptor = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _dead_instances(parent: Path) -> Iterable[Path]:
     for entry in parent.iterdir():
         match = _INSTANCE.fullmatch(entry.name)
-        if match and _start_time(int(match["pid"])) != int(match["started"]):
-            yield entry
+        if not match or _start_time(int(match["pid"])) == int(match["started"]):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if not _is_held(entry):
+                yield entry
 
 
 def _instance_name() -> str:
@@ -281,9 +306,11 @@ class ControlGroupsV1:
         self._stale = [dead for parent in {*parents.values()} for dead in _dead_instances(parent)]
         name = _instance_name()
         self._bases = {controller: parent / name for controller, parent in parents.items()}
+        self._locks: list[int] = []
         try:
             for base in {*self._bases.values()}:
                 base.mkdir()
+                self._locks.append(_hold(base))
         except OSError as error:
             raise ControlGroupsUnavailableError(f"no group can be made: {error}") from error
 
@@ -305,6 +332,8 @@ class ControlGroupsV1:
         """Remove this instance's groups."""
         for base in {*self._bases.values()}:
             await _remove_tree(base)
+        while self._locks:
+            os.close(self._locks.pop())
 
 
 # --- version 2 ------------------------------------------------------------------------------------------------------------
@@ -384,6 +413,7 @@ class ControlGroupsV2:
             self._stale = list(_dead_instances(own))
             self._base = own / _instance_name()
             self._base.mkdir()
+            self._lock: int | None = _hold(self._base)
             self._hand_on(self._base)
         except OSError as error:
             raise ControlGroupsUnavailableError(f"{own} cannot be divided: {error}") from error
@@ -425,6 +455,9 @@ class ControlGroupsV2:
     async def aclose(self) -> None:
         """Remove this instance's groups."""
         await _remove_tree(self._base)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 async def open_control_groups(proc: Path = Path("/proc")) -> ControlGroupsV1 | ControlGroupsV2:
