@@ -132,6 +132,12 @@ async def test_a_data_folder_with_a_long_path_gets_a_short_socket(folder: Path) 
         shutil.rmtree(server._socket_dir, ignore_errors=True)
 
 
+async def test_a_user_without_a_name_is_told_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres.os, "geteuid", lambda: 1_234_567)
+    with pytest.raises(PostgresError, match="user id 1234567 has no entry"):
+        await PostgresServer(folder).start()
+
+
 @needs("root")
 async def test_root_is_told_which_folder_bars_the_way() -> None:
     with (

@@ -73,8 +73,19 @@ class _Account:
     gid: int
 
 
+def _check_has_name(uid: int) -> None:
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        raise PostgresError(
+            f"PostgreSQL runs only as a user with a name, and user id {uid} has no entry in the system's user list; "
+            "add one (useradd), run as another user, or name a server with CRUCIBLE_STORAGE__DATABASE_URL"
+        ) from None
+
+
 def _server_account() -> _Account | None:
     if os.geteuid() != 0:
+        _check_has_name(os.geteuid())
         return None
     entry = pwd.getpwnam(_ROOT_RUNS_AS)
     return _Account(entry.pw_uid, entry.pw_gid)
@@ -110,7 +121,7 @@ class PostgresServer:
         self._pgdata = data_dir / "postgres"
         self._socket_dir = self._choose_socket_dir()
         self._settings = _SETTINGS | ({} if durable else _UNDURABLE_SETTINGS)
-        self._account = _server_account()
+        self._account: _Account | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -165,6 +176,7 @@ class PostgresServer:
         return Path(tempfile.gettempdir()) / f"crucible-{os.geteuid()}-{digest}"
 
     def _prepare_folders(self) -> None:
+        self._account = _server_account()
         self._root.mkdir(parents=True, exist_ok=True, mode=0o755)
         self._socket_dir.mkdir(mode=0o700, exist_ok=True)
         owner = self._account.uid if self._account else os.geteuid()
