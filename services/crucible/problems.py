@@ -168,3 +168,10 @@ def _speakable(value: Any) -> Any:
         case list():
             return [_speakable(member) for member in value]
     return value
+
+
+def invalid_request(violations: list[Violation]) -> ProblemError:
+    """Return the problem of a request that breaks rules; its detail names the fields, `violations` tells the rest."""
+    fields = list(dict.fromkeys(violation.field for violation in violations))
+    shown = ", ".join(fields[:5]) + (f" and {len(fields) - 5} more" if len(fields) > 5 else "")
+    return ProblemError("invalid-request", f"refused because of {shown}", violations=violations)

@@ -28,7 +28,7 @@ from crucible.evaluation import (
 )
 from crucible.events import DATA, Event, EventType
 from crucible.limits import PRIORITY_MAX, PRIORITY_MIN, Limits, SizeClass
-from crucible.problems import KINDS, ProblemDetails, ProblemError
+from crucible.problems import KINDS, ProblemDetails, invalid_request
 from crucible.quantity import format_memory
 from crucible.settings import Settings, env_name
 
@@ -247,9 +247,7 @@ def errors() -> str:
         for kind in kinds
     )
     violation = Violation(field="priority", message="must be 0 to 10", value="11", limit="10", accepted="0 to 10")
-    example = ProblemError("invalid-request", "the request breaks a rule", violations=[violation]).body(
-        "5f3c1a0e9d5b4f0f"
-    )
+    example = invalid_request([violation]).body("5f3c1a0e9d5b4f0f")
     parts = [
         "# Errors",
         _GENERATED,

@@ -19,7 +19,7 @@ from crucible import __version__, logs, metrics
 from crucible.auth import same
 from crucible.evaluation import Violation
 from crucible.health import Health
-from crucible.problems import CONTENT_TYPE, KINDS, ProblemError
+from crucible.problems import CONTENT_TYPE, KINDS, ProblemError, invalid_request
 from crucible.resilience import CallFailedError
 
 if TYPE_CHECKING:
@@ -130,10 +130,8 @@ def _install_handlers(app: FastAPI) -> None:
                 _instance(request),
             )
         return problem_response(
-            ProblemError(
-                "invalid-request",
-                "the request breaks a rule",
-                violations=violations_of(errors),
+            invalid_request(
+                violations_of(errors),
             ),
             _instance(request),
         )

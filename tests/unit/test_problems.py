@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from crucible.evaluation import EvaluationRequest, RequestRejectedError, Violation, resolve
 from crucible.health import Health
 from crucible.limits import Limits
-from crucible.problems import CONTENT_TYPE, KINDS, ProblemDetails, ProblemError
+from crucible.problems import CONTENT_TYPE, KINDS, ProblemDetails, ProblemError, invalid_request
 from crucible.service import make_app
 
 pytestmark = pytest.mark.unit
@@ -82,3 +82,11 @@ async def test_a_service_answers_with_the_problem_its_type_and_when_to_try_again
     assert refused.status_code == 422
     assert {violation["field"] for violation in refused.json()["violations"]} == {"image", "labels"}
     assert (missing.status_code, missing.json()["type"]) == (404, "/problems/not-found")
+
+
+def test_a_refused_request_names_its_fields_once_each_and_not_all_of_very_many() -> None:
+    violations = [Violation(field=field, message="is wrong") for field in ("code", "priority", "code")]
+    assert invalid_request(violations).detail == "refused because of code, priority"
+    many = [Violation(field=f"f{n}", message="is wrong") for n in range(50)]
+    assert invalid_request(many).detail == "refused because of f0, f1, f2, f3, f4 and 45 more"
+    assert invalid_request(many).violations == many

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from crucible.evaluation import Violation, text_problem
-from crucible.problems import ProblemError
+from crucible.problems import ProblemError, invalid_request
 from crucible.service import violations_of
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def validate(model: type[M], value: Any, *, suspect: bool) -> M:
         return model.model_validate(value)
     except ValidationError as error:
         violations = violations_of(error.errors(include_url=False))
-        raise ProblemError("invalid-request", "the request breaks a rule", violations=violations) from error
+        raise invalid_request(violations) from error
 
 
 async def read_model(request: Request, model: type[M], limit: int) -> M:

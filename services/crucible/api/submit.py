@@ -28,7 +28,7 @@ from crucible.evaluation import (
     make_evaluation_id,
     resolve,
 )
-from crucible.problems import ProblemError
+from crucible.problems import ProblemError, invalid_request
 from crucible.quantity import format_cpu, format_memory
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def check_request(api: Api, value: Any, *, suspect: bool) -> tuple[EvaluationSpe
     try:
         spec = resolve(request, api.limits)
     except RequestRejectedError as error:
-        raise ProblemError("invalid-request", "the request breaks a rule", violations=error.violations) from error
+        raise invalid_request(error.violations) from error
     _check_fits(api, spec)
     canonical = orjson.dumps(request.model_dump(exclude_none=True), option=orjson.OPT_SORT_KEYS)
     return spec, hashlib.sha256(canonical).hexdigest()
@@ -169,14 +169,10 @@ def _items_of(parsed: Json, most: int) -> list[Any]:
     items = value.get("evaluations")
     if not isinstance(items, list) or len(value) != 1:
         message = "a batch is an object with the one member `evaluations`, a list of requests"
-        raise ProblemError(
-            "invalid-request", "the request breaks a rule", violations=[Violation(field="evaluations", message=message)]
-        )
+        raise invalid_request([Violation(field="evaluations", message=message)])
     if not 1 <= len(items) <= most:
-        raise ProblemError(
-            "invalid-request",
-            "the request breaks a rule",
-            violations=[
+        raise invalid_request(
+            [
                 Violation(
                     field="evaluations",
                     message=f"has {len(items)} entries",
@@ -184,7 +180,7 @@ def _items_of(parsed: Json, most: int) -> list[Any]:
                     limit=str(most if items else 1),
                     accepted=f"1 to {most}",
                 )
-            ],
+            ]
         )
     return items
 

@@ -18,7 +18,7 @@ from crucible.api.waiting import estimate
 from crucible.contracts import CapacityAnswer, CapacityCheck, Fit, QueueReport, Statistics
 from crucible.evaluation import Resources, Violation
 from crucible.limits import SizeClass
-from crucible.problems import ProblemError
+from crucible.problems import invalid_request
 from crucible.quantity import QuantityError, format_cpu, format_memory, parse_cpu, parse_memory
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _requested(asked: views.CapacityCheckBody, limits: Limits) -> Resources:
     memory = _quantity("memory_limit", asked.memory_limit, profile.memory_bytes, parse_memory, found)
     cpu = _quantity("cpu_limit", asked.cpu_limit, profile.cpu_millis, parse_cpu, found)
     if found:
-        raise ProblemError("invalid-request", "the request breaks a rule", violations=found)
+        raise invalid_request(found)
     return Resources(cpu_millis=cpu, memory_bytes=memory)
 
 
