@@ -179,6 +179,7 @@ class Traffic:
         self.accepted: list[str] = []
         self.done: dict[str, State] = {}
         self.submitting = True
+        self.submitters = 0
 
     async def insist(self, call: Callable[[], Awaitable[T]]) -> T:
         while True:
@@ -190,14 +191,17 @@ class Traffic:
                 await pass_time(0.05)
 
     async def submit(self) -> None:
+        self.submitters += 1
         while self.submitting:
             request = c.NewEvaluations(items=[new_evaluation()], max_active=10_000)
             await self.insist(lambda request=request: self.bench.client.create(request))
             self.accepted.append(request.items[0].id)
             await pass_time(0.01)
+        self.submitters -= 1
 
     def unfinished(self) -> bool:
-        return self.submitting or len(self.done) < len(self.accepted)
+        # A submitter may still be insisting when it is told to stop.
+        return self.submitting or self.submitters > 0 or len(self.done) < len(self.accepted)
 
     async def work(self, name: str) -> None:
         while self.unfinished():
