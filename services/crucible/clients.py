@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
@@ -14,7 +13,7 @@ from crucible.frames import Frame, decode_all, encode_all
 from crucible.resilience import ServiceCaller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
     from datetime import datetime
 
     ASGIApp = Any
@@ -277,10 +276,3 @@ class DispatcherClient:
         """Ask whether something would fit."""
         response = await self._caller.call("POST", "/internal/capacity/check", **_json(check))
         return c.CapacityAnswer.model_validate_json(response.content)
-
-
-@asynccontextmanager
-async def open_client(base: str | ASGIApp, token: str) -> AsyncIterator[httpx.AsyncClient]:
-    """Open and close an internal client."""
-    async with http_client(base, token) as client:
-        yield client

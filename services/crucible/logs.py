@@ -150,15 +150,15 @@ def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mu
     return own | _clean_mapping({name: value for name, value in event.items() if name not in own}, -1)
 
 
-def _speakable(value: Any) -> Any:
+def speakable(value: Any) -> Any:
     """Return a value without what has no UTF-8 form (lone surrogates), which a line of JSON cannot hold."""
     match value:
         case str():
             return value.encode("utf-8", "backslashreplace").decode()
         case dict():
-            return {_speakable(name): _speakable(member) for name, member in value.items()}
+            return {speakable(name): speakable(member) for name, member in value.items()}
         case list():
-            return [_speakable(member) for member in value]
+            return [speakable(member) for member in value]
     return value
 
 
@@ -166,7 +166,7 @@ def _to_json(event: Any, **_: Any) -> str:
     try:
         return orjson.dumps(event, default=str).decode()
     except orjson.JSONEncodeError:
-        return orjson.dumps(_speakable(event), default=str).decode()
+        return orjson.dumps(speakable(event), default=str).decode()
 
 
 def configure(service: str, settings: LogSettings) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from crucible.evaluation import Violation
+from crucible.logs import speakable
 
 CONTENT_TYPE = "application/problem+json"
 
@@ -155,19 +156,8 @@ class ProblemError(Exception):
             **self.extra,
         )
         # Not pydantic's JSON mode, which fails on text that has no UTF-8 form before it can be escaped.
-        body: dict[str, Any] = _speakable(details.model_dump(exclude_none=True))
+        body: dict[str, Any] = speakable(details.model_dump(exclude_none=True))
         return body
-
-
-def _speakable(value: Any) -> Any:
-    match value:
-        case str():
-            return value.encode("utf-8", "backslashreplace").decode()
-        case dict():
-            return {_speakable(name): _speakable(member) for name, member in value.items()}
-        case list():
-            return [_speakable(member) for member in value]
-    return value
 
 
 def invalid_request(violations: list[Violation]) -> ProblemError:

@@ -9,7 +9,7 @@ import pytest
 
 from crucible import contracts as c
 from crucible.auth import make_key, split_key
-from crucible.clients import StorageClient, open_client
+from crucible.clients import StorageClient, http_client
 from crucible.health import Health
 from crucible.resilience import CallFailedError
 from crucible.storage import make_storage_app
@@ -81,7 +81,7 @@ async def test_storing_a_key_again_changes_nothing_and_its_id_cannot_be_taken_ov
 
 async def test_internal_routes_are_closed_without_the_platforms_token(bench: Bench) -> None:
     app = make_storage_app(bench.storage, TOKEN, Health("storage", "test"))
-    async with open_client(app, "another token") as http:
+    async with http_client(app, "another token") as http:
         for route in app.openapi()["paths"]:
             if not route.startswith("/internal"):
                 continue

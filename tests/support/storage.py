@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from crucible import contracts as c
-from crucible.clients import StorageClient, open_client
+from crucible.clients import StorageClient, http_client
 from crucible.evaluation import EvaluationRequest, Reason, State, make_evaluation_id, resolve, terminal_state_of
 from crucible.events import Event, InProcessBus
 from crucible.health import Health
@@ -174,7 +174,7 @@ async def storage_over(
             return False
 
         with bus.subscribe(hear):
-            async with open_client(app, TOKEN) as http:
+            async with http_client(app, TOKEN) as http:
                 yield Bench(storage, StorageClient(http), bus, url, data_dir, health, heard)
     finally:
         await storage.aclose()

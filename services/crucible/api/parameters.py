@@ -83,8 +83,3 @@ def next_page(request: Request, cursor: str | None) -> str | None:
         return None
     query = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
     return f"{request.url.path}?{urlencode([*query, ('cursor', cursor)])}"
-
-
-def answer_headers(**headers: str | None) -> dict[str, str]:
-    """Return headers that have a value, their names with dashes."""
-    return {name.replace("_", "-"): value for name, value in headers.items() if value is not None}

@@ -23,7 +23,7 @@ from crucible import __version__, logs
 from crucible import contracts as c
 from crucible.api.app import Api, make_api_app
 from crucible.auth import make_key, split_key
-from crucible.clients import DispatcherClient, StorageClient, open_client
+from crucible.clients import DispatcherClient, StorageClient, http_client
 from crucible.dispatcher.app import make_dispatcher_app
 from crucible.dispatcher.dispatcher import Dispatcher
 from crucible.events import InProcessBus
@@ -84,17 +84,11 @@ class Platform:
         self._stack = AsyncExitStack()
         self._api: Api | None = None
         self._worker: Worker | None = None
-        self._postgres: PostgresServer | None = None
 
     @property
     def server_file(self) -> Path:
         """Where the running platform says how to reach it (mode 0600)."""
         return self.settings.data_dir / "server.json"
-
-    @property
-    def postgres_pid(self) -> int | None:
-        """Process id of the platform's own PostgreSQL, if it runs one."""
-        return self._postgres.pid if self._postgres else None
 
     async def start(self) -> None:
         """Start every part; on any failure what was started is stopped again.
@@ -188,13 +182,13 @@ class Platform:
         url = self.settings.storage.database_url
         if url:
             return url.get_secret_value()
-        self._postgres = PostgresServer(self.settings.data_dir, durable=self._durable)
+        postgres = PostgresServer(self.settings.data_dir, durable=self._durable)
         # Pushed first: a start that is interrupted half-way leaves no server behind.
-        self._stack.push_async_callback(self._postgres.stop)
-        return await self._postgres.start()
+        self._stack.push_async_callback(postgres.stop)
+        return await postgres.start()
 
     async def _client(self, app: Callable[..., object], token: str, tracing: Tracing) -> httpx.AsyncClient:
-        client = await self._stack.enter_async_context(open_client(app, token))
+        client = await self._stack.enter_async_context(http_client(app, token))
         tracing.watch_client(client)
         return client
 
