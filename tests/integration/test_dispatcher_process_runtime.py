@@ -13,7 +13,7 @@ import structlog
 
 from crucible.evaluation import Reason
 from crucible.limits import Limits
-from tests.support.sandboxes import MEBI, Sandboxes, processes_of, running_sandboxes, until_no_process
+from tests.support.sandboxes import MEBI, Sandboxes, fail_to_start, processes_of, running_sandboxes, until_no_process
 
 pytestmark = pytest.mark.integration
 
@@ -143,3 +143,10 @@ async def test_even_without_isolation_the_code_is_not_root(sandboxes: Sandboxes)
     ran = await sandboxes.run("import os\nprint(os.getuid(), os.geteuid(), os.getgid())")
 
     assert "0" not in ran.out.split()
+
+
+async def test_a_start_that_fails_leaves_neither_a_host_user_taken_nor_a_control_group_nor_a_folder() -> None:
+    async with running_sandboxes(runtime="process", python=python()) as sandboxes:
+        await fail_to_start(sandboxes)
+        home = sandboxes.dispatcher._runtime._home  # type: ignore[attr-defined]
+        assert not [entry for entry in home.iterdir() if entry.is_dir()]

@@ -28,6 +28,7 @@ from tests.support.sandboxes import (
     RecordingStorage,
     Sandboxes,
     dispatcher_http,
+    fail_to_start,
     new_id,
     processes_of,
     request,
@@ -515,3 +516,8 @@ async def test_the_profiles_of_the_installation_all_run() -> None:
         smallest = await sandboxes.run("print('x')", cpu=limits.cpu_min_millis, memory=limits.memory_min_bytes)
 
     assert smallest.out == "x", smallest
+
+
+async def test_a_start_that_fails_leaves_neither_a_host_user_taken_nor_a_control_group() -> None:
+    async with running_sandboxes() as sandboxes:
+        await fail_to_start(sandboxes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from fastapi import Depends, FastAPI, Request, Response
 
 from crucible import __version__
@@ -19,7 +21,7 @@ from crucible import contracts as c
 from crucible.clients import DispatcherClient, StorageClient, http_client
 from crucible.dispatcher.app import make_dispatcher_app
 from crucible.dispatcher.dispatcher import Dispatcher
-from crucible.evaluation import EvaluationSpec, Resources, make_evaluation_id
+from crucible.evaluation import EvaluationSpec, Reason, Resources, make_evaluation_id
 from crucible.frames import Frame, Kind, decode_all
 from crucible.health import Health
 from crucible.limits import Limits, SizeClass
@@ -286,3 +288,36 @@ def stopped(pid: int) -> Iterator[None]:
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+async def fail_to_start(sandboxes: Sandboxes) -> None:
+    """Have one start fail at its last step, and see that nothing of what was taken for it stays taken."""
+    runtime: Any = sandboxes.dispatcher._runtime
+    free = runtime._ids.take()
+    runtime._ids.give_back(free)
+    made: list[Any] = []
+    with pytest.MonkeyPatch.context() as patched:
+        if runtime._groups is not None:
+            create = runtime._groups.create
+
+            def create_watched(*arguments: Any, **options: Any) -> Any:
+                made.append(create(*arguments, **options))
+                return made[-1]
+
+            patched.setattr(runtime._groups, "create", create_watched)
+
+        def refuse(_: object) -> None:
+            raise OSError(errno.EMFILE, "no descriptor left")
+
+        patched.setattr(runtime._launcher, "launch", refuse)
+        ran = await sandboxes.run("print('never')")
+    assert ran.outcome.reason is Reason.SANDBOX_ERROR
+    assert "no descriptor left" in ran.outcome.detail
+    assert runtime._ids.take() == free
+    runtime._ids.give_back(free)
+    folders = [Path(group.join_files[0]).parent for group in made]
+    await wait_until_async(
+        lambda: not [folder for folder in folders if folder.exists()],
+        timeout=5,
+        describe="the control groups to be gone",
+    )

@@ -10,7 +10,6 @@ best that an unprivileged user can do (see the limitations in the documentation)
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import os
@@ -24,7 +23,15 @@ from crucible.dispatcher import seccomp
 from crucible.dispatcher.interpreter import PYTHON_FLAGS, Interpreter, describe
 from crucible.dispatcher.launch import Launch, Launcher
 from crucible.dispatcher.runtimes import RuntimeUnavailableError, SandboxSpec, SandboxStartError
-from crucible.dispatcher.runtimes.local import HostIds, limits_by, open_groups, process_limit, runner_arguments
+from crucible.dispatcher.runtimes.local import (
+    HostIds,
+    dispose,
+    limits_by,
+    make_group,
+    open_groups,
+    process_limit,
+    runner_arguments,
+)
 from crucible.dispatcher.runtimes.probe import probe
 from crucible.dispatcher.sandbox import Channel, LaunchedSandbox
 
@@ -258,29 +265,19 @@ class BubblewrapRuntime:
             SandboxStartError: the machine has no room for it.
         """
         assert self._launcher is not None, "the runtime has not been started"  # noqa: S101
+        user = self._ids.take()
         group: ControlGroup | None = None
         try:
-            group = self._make_group(spec)
-            return self._launch(self._launcher, spec, group)
+            group = make_group(self._groups, spec, self._limits, own_processes=_OWN_PROCESSES)
+            return self._launch(self._launcher, spec, group, user)
         except OSError as error:
-            if group:
-                self._dispose(group)
+            dispose(group)
+            self._ids.give_back(user)
             raise SandboxStartError(f"the sandbox could not be started: {error}") from error
 
-    def _make_group(self, spec: SandboxSpec) -> ControlGroup | None:
-        if not self._groups:
-            return None
-        return self._groups.create(
-            spec.name, memory_bytes=spec.resources.memory_bytes, processes=self._limits.processes + _OWN_PROCESSES
-        )
-
-    @staticmethod
-    def _dispose(group: ControlGroup) -> None:
-        task = asyncio.ensure_future(group.remove())
-        task.add_done_callback(lambda done: done.exception())
-
-    def _launch(self, launcher: Launcher, spec: SandboxSpec, group: ControlGroup | None) -> LaunchedSandbox:
-        user = self._ids.take()
+    def _launch(
+        self, launcher: Launcher, spec: SandboxSpec, group: ControlGroup | None, user: int | None
+    ) -> LaunchedSandbox:
         channel = Channel()
         code = _memory_file("code", spec.code)
         stdin = _memory_file("stdin", spec.stdin, sealed=True) if spec.stdin else os.open("/dev/null", os.O_RDONLY)

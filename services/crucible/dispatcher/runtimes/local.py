@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import os
 import platform
@@ -15,7 +16,7 @@ from crucible.dispatcher.runtimes import RuntimeUnavailableError
 from crucible.quantity import GIB
 
 if TYPE_CHECKING:
-    from crucible.dispatcher.cgroups import ControlGroups
+    from crucible.dispatcher.cgroups import ControlGroup, ControlGroups
     from crucible.dispatcher.runtimes import SandboxSpec
     from crucible.limits import Limits
     from crucible.settings import DispatcherSettings
@@ -100,6 +101,28 @@ async def open_groups(settings: DispatcherSettings) -> ControlGroups | None:
             ) from error
         log.warning("memory, CPU and process limits are best effort: no control groups", why=str(error))
     return None
+
+
+def make_group(
+    groups: ControlGroups | None, spec: SandboxSpec, limits: Limits, *, own_processes: int
+) -> ControlGroup | None:
+    """Make the control group of a sandbox, or None where there are none; `own_processes` are ours and not the code's.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    if groups is None:
+        return None
+    return groups.create(
+        spec.name, memory_bytes=spec.resources.memory_bytes, processes=limits.processes + own_processes
+    )
+
+
+def dispose(group: ControlGroup | None) -> None:
+    """Remove the control group of a sandbox that never began, without waiting for it."""
+    if group is not None:
+        task = asyncio.ensure_future(group.remove())
+        task.add_done_callback(lambda done: done.exception())
 
 
 def process_limit(limits: Limits, *, own_namespace: bool) -> int:

@@ -20,7 +20,15 @@ from crucible import logs
 from crucible.dispatcher.interpreter import PYTHON_FLAGS, describe
 from crucible.dispatcher.launch import Launch, Launcher
 from crucible.dispatcher.runtimes import RuntimeUnavailableError, SandboxSpec, SandboxStartError
-from crucible.dispatcher.runtimes.local import HostIds, limits_by, open_groups, process_limit, runner_arguments
+from crucible.dispatcher.runtimes.local import (
+    HostIds,
+    dispose,
+    limits_by,
+    make_group,
+    open_groups,
+    process_limit,
+    runner_arguments,
+)
 from crucible.dispatcher.runtimes.probe import probe
 from crucible.dispatcher.sandbox import Channel, LaunchedSandbox
 
@@ -151,20 +159,18 @@ class ProcessRuntime:
         assert self._launcher is not None, "the runtime has not been started"  # noqa: S101
         assert self._home is not None  # noqa: S101
         user = self._ids.take()
+        folder: Path | None = None
+        group: ControlGroup | None = None
         try:
             folder = self._make_folder(self._home, spec, user)
-            group = self._make_group(spec)
+            group = make_group(self._groups, spec, self._limits, own_processes=_OWN_PROCESSES)
             return self._launch(self._launcher, spec, folder, group, user)
         except OSError as error:
+            dispose(group)
+            if folder:
+                _remove_folder(folder)
             self._ids.give_back(user)
             raise SandboxStartError(f"the process could not be started: {error}") from error
-
-    def _make_group(self, spec: SandboxSpec) -> ControlGroup | None:
-        if not self._groups:
-            return None
-        return self._groups.create(
-            spec.name, memory_bytes=spec.resources.memory_bytes, processes=self._limits.processes + _OWN_PROCESSES
-        )
 
     @staticmethod
     def _make_folder(home: Path, spec: SandboxSpec, user: int | None) -> Path:
@@ -181,26 +187,33 @@ class ProcessRuntime:
         self, launcher: Launcher, spec: SandboxSpec, folder: Path, group: ControlGroup | None, user: int | None
     ) -> LaunchedSandbox:
         channel = Channel()
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(spec.stdin)
-            stdin.seek(0)
-            process = launcher.launch(
-                Launch(
-                    program=self._python,
-                    argv=[
-                        self._python,
-                        *PYTHON_FLAGS,
-                        str(folder.parent / "run.pyc"),
-                        *self._arguments(spec, folder, group),
-                    ],
-                    environment=self._environment(spec, folder),
-                    sent={0: stdin.fileno(), 1: channel.words_end, 2: channel.words_end, _CHANNEL: channel.runner_end},
-                    groups=group.join_files if group else (),
-                    user=user,
-                    folder=str(folder / "tmp"),
+        try:
+            with tempfile.TemporaryFile() as stdin:
+                stdin.write(spec.stdin)
+                stdin.seek(0)
+                process = launcher.launch(
+                    Launch(
+                        program=self._python,
+                        argv=[
+                            self._python,
+                            *PYTHON_FLAGS,
+                            str(folder.parent / "run.pyc"),
+                            *self._arguments(spec, folder, group),
+                        ],
+                        environment=self._environment(spec, folder),
+                        sent={
+                            0: stdin.fileno(),
+                            1: channel.words_end,
+                            2: channel.words_end,
+                            _CHANNEL: channel.runner_end,
+                        },
+                        groups=group.join_files if group else (),
+                        user=user,
+                        folder=str(folder / "tmp"),
+                    )
                 )
-            )
-        channel.close_far_ends()
+        finally:
+            channel.close_far_ends()
         return LaunchedSandbox(
             process,
             channel,
