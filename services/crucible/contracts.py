@@ -216,6 +216,22 @@ class ClaimList(Frozen):
     claims: list[Claim]
 
 
+class ClaimOne(Frozen):
+    """A worker that was told of an evaluation asks for it."""
+
+    worker: str
+    key: str = Field(description="Names this one asking, so that asking again after a lost answer gets the same claim")
+
+
+class ClaimAnswer(Frozen):
+    """The claim, or none: the evaluation does not wait any more, and whoever was told of it can forget it."""
+
+    claim: Claim | None = None
+    state: State | None = Field(
+        None, description="State of the evaluation otherwise; None if there is no such evaluation"
+    )
+
+
 class Held(Frozen):
     """An evaluation that a worker holds."""
 

@@ -66,6 +66,8 @@ class ApiSettings(_Section):
 class StorageSettings(_Section):
     """The owner of PostgreSQL and the object store."""
 
+    host: str = Field("127.0.0.1", description="Address that `crucible serve storage` listens on")
+    port: int = Field(8082, ge=0, le=65535, description="Port that `crucible serve storage` listens on")
     database_url: SecretStr | None = Field(
         None, description="postgresql://... ; unset in `local`, which starts a PostgreSQL of its own"
     )
@@ -89,12 +91,17 @@ class StorageSettings(_Section):
     aging_seconds: float = Field(
         600.0, gt=0, description="Waiting this long raises an evaluation's effective priority by one, up to the highest"
     )
+    retry_seconds: float = Field(
+        1.0, ge=0, description="Pause before a lost attempt is tried again; doubled by each further loss, with jitter"
+    )
     retention_days: float = Field(30.0, gt=0, description="Ended evaluations older than this are deleted")
 
 
 class DispatcherSettings(_Section):
     """The only creator of sandboxes."""
 
+    host: str = Field("127.0.0.1", description="Address that `crucible serve dispatcher` listens on")
+    port: int = Field(8090, ge=0, le=65535, description="Port that `crucible serve dispatcher` listens on")
     runtime: Literal["auto", "bubblewrap", "process"] = Field(
         "auto", description="auto: bubblewrap on Linux, a plain process (no isolation!) elsewhere"
     )
@@ -122,9 +129,52 @@ class DispatcherSettings(_Section):
 class WorkerSettings(_Section):
     """What takes evaluations from the queue."""
 
+    host: str = Field("127.0.0.1", description="Address of the health and metrics of `crucible serve worker`")
+    port: int = Field(8088, ge=0, le=65535, description="Port of the health and metrics of `crucible serve worker`")
     slots: int = Field(0, ge=0, le=1000, description="Evaluations of size class small at a time; 0: two per processor")
     drain_seconds: float = Field(
         10.0, ge=0, description="On shutdown, how long running evaluations may finish before they are given back"
+    )
+
+
+class BrokerSettings(_Section):
+    """The message broker between storage and the workers, where `CRUCIBLE_BROKER_URL` names one."""
+
+    management_url: SecretStr | None = Field(
+        None,
+        description="http(s)://user:password@host:15672 of RabbitMQ's management API, which `crucible broker` commands read",
+    )
+    ca_file: FilePath | None = Field(
+        None, description="Certificates that sign the broker's and Redis' own (PEM); unset: those of the system"
+    )
+    cert_file: FilePath | None = Field(None, description="Certificate to present to the broker and Redis (PEM)")
+    key_file: FilePath | None = Field(None, description="Key of that certificate (PEM)")
+    heartbeat_seconds: float = Field(
+        5.0, gt=0, description="A connection that is silent for about twice as long is taken for dead"
+    )
+    connect_timeout_seconds: float = Field(2.0, gt=0, description="How long one node of the broker may take to answer")
+    delivery_limit: int = Field(
+        20,
+        ge=1,
+        description="Deliveries after which the broker gives a message up; storage then looks after its evaluation",
+    )
+    queue_length_max: int = Field(
+        100_000, ge=1, description="Messages per queue; beyond it publishing is refused, and storage keeps the rest"
+    )
+    consumer_timeout_seconds: float = Field(
+        10_800.0, gt=0, description="How long a worker may hold a message; must exceed the longest evaluation"
+    )
+    reconcile_seconds: float = Field(
+        5.0, gt=0, description="How often what waits in the table is compared with what waits in the broker"
+    )
+
+
+class EventSettings(_Section):
+    """Events on Redis Streams, where `CRUCIBLE_REDIS_URL` names a Redis."""
+
+    stream_length: int = Field(100_000, ge=1000, description="Events kept in the stream, about; older ones are trimmed")
+    claim_idle_seconds: float = Field(
+        30.0, gt=0, description="An event that its consumer has not acknowledged for this long goes to another one"
     )
 
 
@@ -190,11 +240,30 @@ class Settings(BaseSettings):
         None,
         description="Shared by the services for calls among themselves; unset in `local`, which makes one per start",
     )
+    broker_url: SecretStr | None = Field(
+        None,
+        description="amqp(s)://user:password@host:5672/vhost, several nodes joined by commas, or redis(s)://...; "
+        "unset: the database itself is the queue",
+    )
+    legacy_broker_url: SecretStr | None = Field(
+        None, description="The broker that is being left (`crucible broker migrate`): both are consumed"
+    )
+    redis_url: SecretStr | None = Field(
+        None, description="redis(s)://... that carries events between processes; unset: they stay in this process"
+    )
+    storage_url: str | None = Field(
+        None, pattern=r"^https?://", description="Where `crucible serve` finds the storage service"
+    )
+    dispatcher_url: str | None = Field(
+        None, pattern=r"^https?://", description="Where `crucible serve` finds the dispatcher service"
+    )
     limits: Limits = Field(default_factory=Limits, description="What a request may ask for")
     api: ApiSettings = ApiSettings()
     storage: StorageSettings = StorageSettings()
     dispatcher: DispatcherSettings = DispatcherSettings()
     worker: WorkerSettings = WorkerSettings()
+    broker: BrokerSettings = BrokerSettings()
+    events: EventSettings = EventSettings()
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
 
