@@ -130,6 +130,10 @@ class StorageClient:
         # Not repeated on a lost answer: the claims of the first try would sit unheard until their lease ends.
         return await self._send("POST", "/internal/claims", c.ClaimList, request, idempotent=False)
 
+    async def claim_one(self, evaluation_id: str, request: c.ClaimOne) -> c.ClaimAnswer:
+        """Take one evaluation that the caller was told of. Safe to repeat: the same key gets the same claim."""
+        return await self._send("POST", f"/internal/evaluations/{evaluation_id}/claim", c.ClaimAnswer, request)
+
     async def renew(self, renewal: c.LeaseRenewal) -> c.LeaseAnswer:
         """Renew the leases of what a worker holds, and learn what to let go of."""
         return await self._send("POST", "/internal/leases", c.LeaseAnswer, renewal)

@@ -408,6 +408,18 @@ class CleanupResult(Frozen):
     remaining: int = 0
 
 
+# --- broker -----------------------------------------------------------------------------------------------------------------
+
+
+class BrokerPhase(StrEnum):
+    """Where the move from one broker to another stands."""
+
+    LEGACY = "legacy"
+    SHARING = "sharing"
+    DRAINING = "draining"
+    FINISHED = "finished"
+
+
 # --- sandboxes ------------------------------------------------------------------------------------------------------------
 
 

@@ -424,3 +424,99 @@ async def test_metrics_show_what_waits_and_that_it_is_gone(bench: Bench) -> None
     await bench.claim(2)
     await bench.storage.queue.gauge()
     assert depth() == 0
+
+
+# -- claiming what one was told of
+
+
+async def claim_named(bench: Bench, evaluation_id: str, key: str = "k", worker: str = WORKER) -> c.ClaimAnswer:
+    return await bench.client.claim_one(evaluation_id, c.ClaimOne(worker=worker, key=key))
+
+
+async def test_an_evaluation_can_be_claimed_by_its_name_ahead_of_all_others(bench: Bench) -> None:
+    first, named = await bench.submit(priority=10), await bench.submit(priority=0, stdin="x")
+    answer = await claim_named(bench, named.id)
+    assert answer.claim is not None
+    assert (answer.claim.evaluation_id, answer.claim.attempt, answer.claim.spec.stdin) == (named.id, 1, "x")
+    assert (await bench.client.get(named.id)).state is State.PROVISIONING
+    assert (await bench.claim_one()).evaluation_id == first.id
+    await bench.start(named.id)
+    assert (await bench.finish(named.id)).state is State.COMPLETED
+
+
+async def test_asking_again_with_the_same_key_gets_the_same_claim_and_a_whole_lease(bench: Bench) -> None:
+    record = await bench.submit()
+    first = await claim_named(bench, record.id)
+    await bench.sql("UPDATE evaluations SET lease_until = now() + interval '1 s'")
+    assert await claim_named(bench, record.id) == first
+    (row,) = await bench.sql("SELECT lease_until - now() AS lease FROM evaluations")
+    assert row["lease"] > timedelta(seconds=20)
+    assert [event.state for event in await bench.events(record.id)].count(State.PROVISIONING) == 1
+    for other in (claim_named(bench, record.id, key="other"), claim_named(bench, record.id, worker="other")):
+        assert await other == c.ClaimAnswer(state=State.PROVISIONING)
+    await bench.finish(record.id)
+    assert await claim_named(bench, record.id) == c.ClaimAnswer(state=State.COMPLETED)
+
+
+async def test_a_key_of_a_claim_that_was_given_back_makes_a_new_attempt(bench: Bench) -> None:
+    record = await bench.submit()
+    await claim_named(bench, record.id)
+    await bench.client.release(record.id, c.Release(worker=WORKER, attempt=1, detail="drain"))
+    answer = await claim_named(bench, record.id)
+    assert answer.claim is not None
+    assert answer.claim.attempt == 2
+
+
+async def test_of_many_that_were_told_of_one_evaluation_one_gets_it(bench: Bench) -> None:
+    record = await bench.submit()
+    answers = await asyncio.gather(*(claim_named(bench, record.id, key=f"k{n}") for n in range(20)))
+    assert sum(answer.claim is not None for answer in answers) == 1
+    assert {answer.state for answer in answers if answer.claim is None} == {State.PROVISIONING}
+
+
+async def test_a_named_claim_waits_for_whoever_looks_at_its_row(bench: Bench) -> None:
+    record = await bench.submit()
+    async with bench.connection() as connection:
+        async with connection.transaction():
+            # An aging pass, a mark of the publisher.
+            await connection.execute("UPDATE evaluations SET effective_priority = 10 WHERE id = $1", record.id)
+            claiming = asyncio.create_task(claim_named(bench, record.id))
+            await pass_time(0.2)
+            assert not claiming.done()
+        answer = await claiming
+    assert answer.claim is not None
+
+
+async def test_a_named_claim_sees_what_came_back_to_the_queue_while_it_waited(bench: Bench) -> None:
+    record = await bench.submit()
+    async with bench.connection() as connection:
+        async with connection.transaction():
+            # A whole attempt that is claimed and given back, committed while the claim below waits for the row.
+            await connection.execute("UPDATE evaluations SET seq = seq + 2, attempt = attempt + 1")
+            await connection.execute(
+                """INSERT INTO events (evaluation_id, seq, type, at, owner, actor, state, attempt, data)
+                   SELECT e.id, e.seq - 1 + n, 'queued', now(), owner, 'test', 'queued', attempt, '{}'
+                     FROM evaluations AS e, generate_series(0, 1) AS n"""
+            )
+            claiming = asyncio.create_task(claim_named(bench, record.id))
+            await pass_time(0.2)
+            assert not claiming.done()
+        answer = await claiming
+    assert answer.claim is not None
+    assert answer.claim.attempt == 2
+
+
+@pytest.mark.parametrize("column", ["queue_deadline = now() - interval '1 s'", "retry_at = now() + interval '9 s'"])
+async def test_what_waited_too_long_or_rests_after_a_loss_cannot_be_claimed(bench: Bench, column: str) -> None:
+    record = await bench.submit()
+    await bench.sql(f"UPDATE evaluations SET {column}")
+    answer = await claim_named(bench, record.id)
+    assert answer.claim is None
+    assert await bench.claim() == []
+
+
+async def test_a_named_claim_of_what_does_not_exist_or_has_ended_says_so(bench: Bench) -> None:
+    assert await claim_named(bench, "ev-00000000000000000000000000") == c.ClaimAnswer()
+    record = await bench.submit()
+    await bench.client.cancel(record.id, c.CancelRequest(actor="ada"))
+    assert await claim_named(bench, record.id) == c.ClaimAnswer(state=State.CANCELLED)

@@ -120,6 +120,10 @@ def _add_attempts(router: APIRouter, storage: Storage) -> None:
     async def claim(body: c.ClaimRequest) -> Response:
         return _answer(await storage.queue.claim(body))
 
+    @router.post("/evaluations/{evaluation_id}/claim")
+    async def claim_one(evaluation_id: str, body: c.ClaimOne) -> Response:
+        return _answer(await storage.queue.claim_one(evaluation_id, body))
+
     @router.post("/leases")
     async def renew(body: c.LeaseRenewal) -> Response:
         return _answer(await storage.queue.renew(body))

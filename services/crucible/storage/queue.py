@@ -12,19 +12,19 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from crucible import logs, metrics
-from crucible.contracts import Claim, ClaimList, LeaseAnswer, QueueBand, QueuePosition, QueueReport
+from crucible.contracts import Claim, ClaimAnswer, ClaimList, LeaseAnswer, QueueBand, QueuePosition, QueueReport
 from crucible.evaluation import State
 from crucible.limits import PRIORITY_MAX, PRIORITY_MIN, SizeClass
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
 from crucible.storage.records import evaluation_spec
-from crucible.storage.tables import HELD, QUEUED
+from crucible.storage.tables import DUE, HELD, QUEUED
 from crucible.storage.transitions import NOW, NULL, Chosen, Sql, Step
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from crucible.contracts import ClaimRequest, LeaseRenewal
+    from crucible.contracts import ClaimOne, ClaimRequest, LeaseRenewal
     from crucible.storage.bell import Bell
     from crucible.storage.engine import Database, Row
     from crucible.storage.transitions import Lifecycle
@@ -38,6 +38,7 @@ AGING_LOCK = "hashtextextended('crucible.aging', 0)"
 
 # One row per size class, wanted or not: with arrays the planner would guess their length and plan each claim anew, which costs
 # more than the claim. The shared lock makes a claim wait for an aging pass, whose row locks it would otherwise skip over.
+_CLAIMABLE = f"(queue_deadline IS NULL OR queue_deadline > now()) AND {DUE}"
 _WANTED = ", ".join(f"('{size}', ${place}::int)" for place, size in enumerate(SizeClass, 1))
 _NEXT = f"""
 SELECT q.id, q.seq
@@ -45,9 +46,20 @@ SELECT q.id, q.seq
        (VALUES {_WANTED}) AS w(size_class, wanted)
  CROSS JOIN LATERAL (
        SELECT id, seq FROM evaluations
-        WHERE {QUEUED} AND size_class = w.size_class AND (queue_deadline IS NULL OR queue_deadline > now())
+        WHERE {QUEUED} AND size_class = w.size_class AND {_CLAIMABLE}
         ORDER BY effective_priority DESC, number LIMIT w.wanted
           FOR NO KEY UPDATE SKIP LOCKED) AS q"""  # noqa: S608 - constants
+
+# Whoever was told of an evaluation waits for its row: what holds it (an aging pass, a mark) does not make the message void.
+_ONE = f"SELECT id, seq FROM evaluations WHERE id = $1 AND {QUEUED} AND {_CLAIMABLE} FOR NO KEY UPDATE"  # noqa: S608 - constants
+# The claim that this same asking has led to already, with a whole lease again.
+_SAME = f"""
+WITH same AS (
+    UPDATE evaluations SET lease_until = clock_timestamp() + make_interval(secs => $4)
+     WHERE id = $1 AND claim_key = $2 AND worker = $3 AND {HELD} RETURNING *)
+SELECT s.*, p.code, p.stdin FROM same AS s JOIN payloads AS p ON p.evaluation_id = s.id"""  # noqa: S608 - constants
+_STANDING = f"SELECT state, {QUEUED} AND {_CLAIMABLE} AS claimable FROM evaluations WHERE id = $1"  # noqa: S608 - constants
+_TRIES = 20
 
 _RENEW = f"""
 WITH held AS (SELECT * FROM unnest($1::text[], $2::int[]) AS h(id, attempt)),
@@ -89,7 +101,17 @@ UNHELD = {
     "sandbox": NULL,
     "provisioning_at": NULL,
     "started_at": NULL,
+    "claim_key": NULL,
+    # Whatever message there was has done its work.
+    "hint_priority": NULL,
+    "hint_broker": NULL,
+    "hinted_at": NULL,
+    "retry_at": NULL,
 }
+
+
+def _claimed_by(worker: str) -> list[Step]:
+    return [Step(State.PROVISIONING, actor=worker, data={"worker": worker})]
 
 
 class Queue:
@@ -164,17 +186,47 @@ class Queue:
     async def _take(self, worker: str, wanted: dict[SizeClass, int]) -> list[Claim]:
         rows = await self._lifecycle.move(
             Chosen(State.QUEUED, _NEXT, tuple(wanted.get(size, 0) for size in SizeClass)),
-            [Step(State.PROVISIONING, actor=worker, data={"worker": worker})],
-            {
-                "attempt": Sql("e.attempt + 1"),
-                "worker": worker,
-                "instance": self._instance,
-                "provisioning_at": NOW,
-                "lease_until": Sql(f"picked.at + make_interval(secs => {float(self._lease_seconds)!r})"),
-            },
+            _claimed_by(worker),
+            self._held_by(worker),
             payload=True,
         )
         return [self._claim(row) for row in rows]
+
+    @timed("claim_one")
+    async def claim_one(self, evaluation_id: str, request: ClaimOne) -> ClaimAnswer:
+        """Take one evaluation that the caller was told of, if it waits. The same key gives the same claim while it is held.
+
+        Raises:
+            ProblemError: `unavailable`, its row changes faster than it can be read.
+        """
+        for _ in range(_TRIES):
+            rows = await self._lifecycle.move(
+                Chosen(State.QUEUED, _ONE, (evaluation_id,)),
+                _claimed_by(request.worker),
+                {**self._held_by(request.worker), "claim_key": request.key},
+                payload=True,
+            )
+            if rows:
+                return ClaimAnswer(claim=self._claim(rows[0]))
+            same = await self._database.fetchrow(
+                _SAME, evaluation_id, request.key, request.worker, float(self._lease_seconds)
+            )
+            if same is not None:
+                return ClaimAnswer(claim=self._claim(same))
+            standing = await self._database.fetchrow(_STANDING, evaluation_id)
+            # It may have come back to the queue while the statement above waited for its row.
+            if standing is None or not standing["claimable"]:
+                return ClaimAnswer(state=State(standing["state"]) if standing else None)
+        raise ProblemError("unavailable", f"{evaluation_id} changes faster than it can be read", retry_after=1)
+
+    def _held_by(self, worker: str) -> dict[str, object]:
+        return {
+            "attempt": Sql("e.attempt + 1"),
+            "worker": worker,
+            "instance": self._instance,
+            "provisioning_at": NOW,
+            "lease_until": Sql(f"picked.at + make_interval(secs => {float(self._lease_seconds)!r})"),
+        }
 
     def _claim(self, row: Row) -> Claim:
         return Claim(

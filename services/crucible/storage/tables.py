@@ -30,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import UserDefinedType
 
+from crucible.contracts import BrokerPhase
 from crucible.evaluation import ACTIVE_STATES, HELD_STATES, State
 from crucible.limits import PRIORITY_MAX, PRIORITY_MIN, SizeClass
 
@@ -67,6 +68,10 @@ def _in_order(states: Iterable[State]) -> list[State]:
 ACTIVE = _one_of("state", _in_order(ACTIVE_STATES))
 HELD = _one_of("state", _in_order(HELD_STATES))
 QUEUED = f"state = '{State.QUEUED}'"
+# What waits and of which the broker has not been told at its present priority.
+UNHINTED = f"{QUEUED} AND hint_priority IS DISTINCT FROM effective_priority"
+# What was lost a moment ago is tried again after a pause.
+DUE = "(retry_at IS NULL OR retry_at <= now())"
 _MOMENT = DateTime(timezone=True)
 
 evaluations = Table(
@@ -127,6 +132,14 @@ evaluations = Table(
     Column("request_sha256", Text, nullable=False),
     Column("traceparent", Text),
     Column("replay_of", Text),
+    # The last message about it that a broker confirmed: its priority, which broker, and when. NULL: none that counts.
+    Column("hint_priority", SmallInteger),
+    Column("hint_broker", Text),
+    Column("hinted_at", _MOMENT),
+    # A lost attempt is not tried again before this.
+    Column("retry_at", _MOMENT),
+    # Names the one asking that led to the present claim, so that asking again finds it (claims by id only).
+    Column("claim_key", Text),
     CheckConstraint(_one_of("state", State), "state"),
     CheckConstraint(_one_of("size_class", SizeClass), "size_class"),
     CheckConstraint(f"priority BETWEEN {PRIORITY_MIN} AND {PRIORITY_MAX}", "priority"),
@@ -136,6 +149,8 @@ evaluations = Table(
     Index("uq_evaluations_owner_idempotency_key", "owner", "idempotency_key", unique=True, postgresql_where=text("idempotency_key IS NOT NULL")),
     # The queue. Only what waits is in it, so that claiming costs the same however much has ended or waits behind.
     Index("ix_evaluations_queue", "size_class", text("effective_priority DESC"), "number", postgresql_where=text(QUEUED)),
+    # What the publisher of hints looks for, in the order in which it publishes.
+    Index("ix_evaluations_unhinted", text("effective_priority DESC"), "number", postgresql_where=text(UNHINTED)),
     Index("ix_evaluations_queue_deadline", "queue_deadline", postgresql_where=text(f"{QUEUED} AND queue_deadline IS NOT NULL")),
     # Not over lease_until: renewing a lease must not touch any index.
     Index("ix_evaluations_held", "worker", postgresql_where=text(HELD)),
@@ -264,4 +279,19 @@ dead_letters = Table(
     Column("attempts", Integer, nullable=False),
     Column("created_at", _MOMENT, nullable=False, server_default=func.now()),
     Column("replayed_as", Text),
+)
+
+# Which broker hints go to while one broker is being left for another; at most one row, none before the first migration.
+broker_route = Table(
+    "broker_route",
+    metadata,
+    Column("single", Boolean, primary_key=True, server_default=text("true")),
+    Column("phase", Text, nullable=False),
+    # Percent of what waits whose hints go to the new broker.
+    Column("share", SmallInteger, nullable=False),
+    Column("changed_at", _MOMENT, nullable=False, server_default=func.now()),
+    Column("changed_by", Text, nullable=False),
+    CheckConstraint("single", "single"),
+    CheckConstraint(_one_of("phase", BrokerPhase), "phase"),
+    CheckConstraint("share BETWEEN 0 AND 100", "share"),
 )
