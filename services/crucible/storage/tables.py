@@ -198,13 +198,16 @@ events = Table(
     Index("ix_events_stream", "xact", "id"),
 )
 
-# Events not yet handed to the bus; written with the event, deleted after the hand-over.
+# Events not yet handed over; written with the event, deleted once the bus and, where there is one, the event stream have taken it.
 outbox = Table(
     "outbox",
     metadata,
     Column("event_id", BigInteger, primary_key=True, autoincrement=False),
     Column("evaluation_id", Text, nullable=False),
     Column("seq", Integer, nullable=False),
+    # The bus has it; only the event stream, which is away, has not.
+    Column("told", Boolean, nullable=False, server_default=text("false")),
+    Index("ix_outbox_untold", "event_id", postgresql_where=text("NOT told")),
 )
 
 # The ledger of the object store: what is in it, where, and what it must hash to.

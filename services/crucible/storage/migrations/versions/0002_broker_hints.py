@@ -1,4 +1,4 @@
-"""What a broker has been told of each evaluation, when a lost attempt may be tried again, and which broker is told."""
+"""What a broker was told of each evaluation, when a lost attempt may be tried again, which broker is told; which events the bus has."""
 
 from __future__ import annotations
 
@@ -38,9 +38,13 @@ def upgrade() -> None:
         sa.CheckConstraint("share BETWEEN 0 AND 100", name=op.f("ck_broker_route_share")),
         sa.PrimaryKeyConstraint("single", name=op.f("pk_broker_route")),
     )
+    op.add_column("outbox", sa.Column("told", sa.Boolean(), server_default=sa.text("false"), nullable=False))
+    op.create_index("ix_outbox_untold", "outbox", ["event_id"], unique=False, postgresql_where=sa.text("NOT told"))
 
 
 def downgrade() -> None:
+    op.drop_index("ix_outbox_untold", table_name="outbox")
+    op.drop_column("outbox", "told")
     op.drop_table("broker_route")
     op.drop_index("ix_evaluations_unhinted", table_name="evaluations")
     for column in ("claim_key", "retry_at", "hinted_at", "hint_broker", "hint_priority"):
