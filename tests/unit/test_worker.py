@@ -17,8 +17,9 @@ from crucible.outcome import Outcome
 from crucible.resilience import CallFailedError
 from crucible.settings import TracingSettings, WorkerSettings
 from crucible.tracing import Tracing
+from crucible.worker.holding import Holding, slots_per_class
 from crucible.worker.run import EvaluationRunner, Held
-from crucible.worker.worker import Worker, slots_per_class
+from crucible.worker.worker import Worker
 from tests.support.waits import pass_time, wait_until_async
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ async def test_a_sandbox_that_the_dispatcher_forgot_counts_as_lost() -> None:
 
 def make_worker(storage: Any, dispatcher: Any, *, drain_seconds: float = 0.01) -> Worker:
     settings = WorkerSettings(slots=4, drain_seconds=drain_seconds)
-    return Worker(settings, storage, dispatcher, instance="w", tracing=Tracing(TracingSettings(), "test"))
+    tracing = Tracing(TracingSettings(), "test")
+    return Worker(storage, Holding(settings, storage, dispatcher, instance="w", tracing=tracing))
 
 
 async def settle(condition: Callable[[], object]) -> None:
@@ -213,7 +215,6 @@ async def test_a_lease_that_is_refused_ends_the_sandbox(answer: c.LeaseAnswer, r
     storage, dispatcher = ScriptedStorage(claim()), ScriptedDispatcher()
     storage.answer = answer
     worker = make_worker(storage, dispatcher, drain_seconds=5)
-    worker._lease_seconds = 0.03
     await worker.start()
     await settle(lambda: dispatcher.stopped)
     assert dispatcher.stopped == [reason]

@@ -32,6 +32,7 @@ from crucible.local.postgres import PostgresServer
 from crucible.storage.app import make_storage_app
 from crucible.storage.storage import Storage
 from crucible.tracing import Tracing
+from crucible.worker.holding import Holding
 from crucible.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -153,9 +154,8 @@ class Platform:
         await self._api.start()
         stack.push_async_callback(self._api.aclose)
 
-        self._worker = Worker(
-            settings.worker, storage_client, dispatcher_client, instance=self.instance, tracing=tracing
-        )
+        holding = Holding(settings.worker, storage_client, dispatcher_client, instance=self.instance, tracing=tracing)
+        self._worker = Worker(storage_client, holding)
         self._api.health.add("worker", self._worker.heartbeat.check)
         await self._worker.start()
         stack.push_async_callback(self._worker.drain)
