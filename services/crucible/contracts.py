@@ -105,6 +105,7 @@ class EvaluationRecord(Frozen):
     stdout: OutputInfo = OutputInfo()
     stderr: OutputInfo = OutputInfo()
     replay_of: str | None = None
+    retry_at: datetime | None = Field(None, description="It waits, was lost before, and is not tried again before this")
 
 
 class Payload(Frozen):

@@ -68,6 +68,29 @@ OBJECT_BYTES = Counter(
 )
 OUTBOX_LAG = Gauge("storage_outbox_oldest_seconds", "Age of the oldest event not yet published", registry=REGISTRY)
 EVENTS_PUBLISHED = Counter("event_published_total", "Events handed to the bus", ["type"], registry=REGISTRY)
+EVENT_STREAM_UP = Gauge(
+    "event_stream_up", "1 while Redis serves events to a part (relay, bus or consumer)", ["part"], registry=REGISTRY
+)
+EVENT_STREAM_APPENDED = Counter("event_stream_appended_total", "Events added to the stream", registry=REGISTRY)
+EVENT_STREAM_REBUILT = Counter(
+    "event_stream_rebuilt_total", "Times that Redis had lost events and was told again from the table", registry=REGISTRY
+)
+EVENT_STREAM_ENTRIES = Gauge("event_stream_entries", "Events in the stream", registry=REGISTRY)
+EVENT_STREAM_LAG = Gauge(
+    "event_stream_lag", "Events that no consumer of a group has been given yet", ["group"], registry=REGISTRY
+)
+EVENT_STREAM_PENDING = Gauge(
+    "event_stream_pending", "Events given to a consumer and not acknowledged yet", ["group"], registry=REGISTRY
+)
+EVENT_REDELIVERED = Counter(
+    "event_redelivered_total", "Events that came to a consumer group more than once", ["group"], registry=REGISTRY
+)
+EVENT_OUT_OF_ORDER = Counter(
+    "event_out_of_order_total", "Events that came after a later one of the same evaluation", ["group"], registry=REGISTRY
+)
+EVENT_DEAD = Counter(
+    "event_dead_total", "Events that a consumer group could not handle and gave up", ["group"], registry=REGISTRY
+)
 QUEUE_DEPTH = Gauge(
     "evaluation_queue_depth",
     "Evaluations that wait, by effective priority",
@@ -76,6 +99,10 @@ QUEUE_DEPTH = Gauge(
 )
 QUEUE_OLDEST = Gauge("evaluation_queue_oldest_seconds", "Longest present wait", ["size_class"], registry=REGISTRY)
 DLQ_SIZE = Gauge("dlq_size", "Dead letters not yet replayed or deleted", registry=REGISTRY)
+DLQ_ADDITIONS = Counter(
+    "dlq_additions_total", "Evaluations that became dead letters, by their last cause", ["reason"], registry=REGISTRY
+)
+DLQ_RETRIES = Counter("dlq_retries_total", "Dead letters that were replayed", registry=REGISTRY)
 SLOTS = Gauge("worker_slots", "Worker slots", ["size_class", "state"], registry=REGISTRY)
 BREAKER_OPEN = Gauge(
     "circuit_breaker_open", "1 while calls to a service are being refused", ["target"], registry=REGISTRY

@@ -231,6 +231,7 @@ async def test_cancelling_what_is_not_there_is_not_found(bench: Bench) -> None:
 
 @pytest.mark.parametrize("reason", sorted(RETRYABLE_REASONS - {Reason.PREEMPTED}))
 async def test_what_the_platform_keeps_losing_becomes_a_dead_letter(bench: Bench, reason: Reason) -> None:
+    added = metric("dlq_additions_total", reason=reason)
     record = await bench.submit(priority=4)
     for attempt in (1, 2):
         assert (await bench.claim_one()).attempt == attempt
@@ -247,7 +248,45 @@ async def test_what_the_platform_keeps_losing_becomes_a_dead_letter(bench: Bench
     assert (page.total, letter.replayed_as) == (1, None)
     assert metric("dlq_size") == 1
     assert await bench.finish(record.id, reason, attempt=3) == final
+    assert metric("dlq_additions_total", reason=reason) == added + 1
     assert (await bench.client.dead_letters()).total == 1
+
+
+async def test_a_lost_attempt_rests_longer_after_each_loss_and_then_wakes_who_waits_for_work() -> None:
+    async with running_storage(retry_seconds=0.2, max_attempts=4) as bench:
+        record = await bench.submit(priority=7)
+        for attempt, base in ((1, 0.2), (2, 0.4), (3, 0.8)):
+            began = asyncio.get_running_loop().time()
+            (claim,) = await bench.claim(wait=20)
+            assert claim.attempt == attempt
+            # A claim that waits looks by itself only every 2 s: what ends its wait sooner is being woken.
+            assert asyncio.get_running_loop().time() - began < 1.9
+            lost = await bench.finish(record.id, Reason.NODE_LOST, attempt=attempt)
+            assert lost.retry_at is not None
+            assert lost.queued_at is not None
+            assert base * 0.5 <= (lost.retry_at - lost.queued_at).total_seconds() <= base * 1.5
+            assert await bench.claim() == []
+            assert (await bench.client.position(record.id)).position == 1
+        (last,) = await bench.claim(wait=20)
+        assert (await bench.client.get(record.id)).retry_at is None
+        await bench.client.release(record.id, c.Release(worker=WORKER, attempt=last.attempt, detail="drain"))
+        assert (await bench.claim_one()).attempt == 5, "what was given back does not rest"
+        again = await bench.finish(record.id, Reason.PREEMPTED, attempt=5)
+        assert (again.state, again.retry_at) == (State.QUEUED, None)
+
+
+async def test_rests_after_losses_are_bounded_and_spread() -> None:
+    async with running_storage(retry_seconds=50) as bench:
+        rests = []
+        for _ in range(12):
+            record = await bench.submit()
+            await bench.client.claim_one(record.id, c.ClaimOne(worker=WORKER, key="k"))
+            lost = await bench.finish(record.id, Reason.NODE_LOST)
+            assert lost.retry_at is not None
+            assert lost.queued_at is not None
+            rests.append((lost.retry_at - lost.queued_at).total_seconds())
+        assert max(rests) <= 60
+        assert len(set(rests)) > 3
 
 
 async def test_what_gives_way_on_purpose_is_queued_again_however_often(bench: Bench) -> None:
@@ -264,6 +303,7 @@ async def test_a_dead_letter_is_replayed_whole_and_once(bench: Bench) -> None:
     await _kill(bench, record)
     (letter,) = (await bench.client.dead_letters()).items
     replay_id = new_id()
+    retries = metric("dlq_retries_total")
     replayed = await bench.client.replay(letter.id, replay_id)
     assert (replayed.id, replayed.replay_of, replayed.state) == (replay_id, record.id, State.QUEUED)
     assert await bench.client.payload(replay_id) == await bench.client.payload(record.id)
@@ -272,7 +312,7 @@ async def test_a_dead_letter_is_replayed_whole_and_once(bench: Bench) -> None:
     assert (await bench.client.replay(letter.id, replay_id)).id == replay_id
     assert await refused(bench.client.replay(letter.id, new_id())) == "conflict"
     assert (await bench.client.dead_letters()).items[0].replayed_as == replay_id
-    assert metric("dlq_size") == 0
+    assert (metric("dlq_size"), metric("dlq_retries_total")) == (0, retries + 1)
     (count,) = await bench.sql("SELECT count(*) AS n FROM evaluations")
     assert count["n"] == 2
 

@@ -157,7 +157,8 @@ async def storage_over(
     bus: InProcessBus | None = None,
     **settings: Any,
 ) -> AsyncIterator[Bench]:
-    """Run a storage service over a given database; several may share one."""
+    """Run a storage service over a given database; several may share one. A lost attempt is tried again at once unless told."""
+    settings.setdefault("retry_seconds", 0.0)
     bus = bus or InProcessBus()
     storage = Storage(
         StorageSettings(**settings), limits or Limits(), bus, database_url=url, data_dir=data_dir, instance=instance

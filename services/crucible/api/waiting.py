@@ -70,6 +70,8 @@ def _queued(
         detail += f"; {running} {'is' if running == 1 else 'are'} running" if running else "; none is running"
     if record.effective_priority != record.priority:
         detail += f"; for its long wait it counts as priority {record.effective_priority}"
+    if record.retry_at is not None:
+        detail += f"; its last attempt was lost, the next may begin at {record.retry_at:%H:%M:%S} UTC"
     return Waiting(
         reason=reason,
         detail=detail,

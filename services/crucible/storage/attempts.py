@@ -7,6 +7,7 @@ compare-and-set; if the row changed in between, it is read and decided again.
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from crucible.contracts import CancelRequest, Finish, Release, Running
     from crucible.limits import SizeClass
     from crucible.outcome import Outcome
+    from crucible.settings import StorageSettings
     from crucible.storage.bell import Bell
     from crucible.storage.engine import Database, Row
     from crucible.storage.output import Digests, Outputs
@@ -55,6 +57,7 @@ UPDATE evaluations SET cancel_reason = coalesce(cancel_reason, $3), cancel_actor
 _DEAD_LETTER = """
 INSERT INTO dead_letters (evaluation_id, owner, reason, detail, attempts) VALUES ($1, $2, $3, $4, $5)"""
 _TRIES = 20
+_RETRY_MOST_S = 60
 _NO_OUTPUT = {"output_batches": 0, "output_frames": 0, "stdout_bytes": 0, "stderr_bytes": 0, "inline_bytes": 0}
 
 
@@ -83,13 +86,14 @@ class Attempts:
     """Records what happens to attempts."""
 
     def __init__(
-        self, database: Database, lifecycle: Lifecycle, outputs: Outputs, bell: Bell, *, max_attempts: int
+        self, database: Database, lifecycle: Lifecycle, outputs: Outputs, bell: Bell, settings: StorageSettings
     ) -> None:
         self._database = database
         self._lifecycle = lifecycle
         self._outputs = outputs
         self._bell = bell
-        self._max_attempts = max_attempts
+        self._max_attempts = settings.max_attempts
+        self._retry_at = _retry_at(settings.retry_seconds)
 
     async def _read(self, evaluation_id: str) -> Row:
         row = await self._database.fetchrow(_READ, evaluation_id)
@@ -244,7 +248,8 @@ class Attempts:
         if row["cancel_reason"] is not None:
             return await self._cancel_lost(row, chosen, actor, detail)
         # Giving way on purpose (a drain, an upgrade) says nothing about the evaluation, however often it happens.
-        losses = row["losses"] + (reason is not Reason.PREEMPTED)
+        counts = reason is not Reason.PREEMPTED
+        losses = row["losses"] + counts
         if losses < self._max_attempts:
             again = Step(State.QUEUED, actor=actor, reason=reason, detail=detail)
             return await self._requeue(
@@ -256,6 +261,7 @@ class Attempts:
                     # It waits anew; its place in the queue is by number and priority, which it keeps.
                     "queued_at": NOW,
                     "queue_deadline": Sql("picked.at + make_interval(secs => e.queue_timeout_seconds)"),
+                    "retry_at": self._retry_at if counts else NULL,
                 },
             )
         ended = f"{detail} (lost {losses} times; no attempt is left)"
@@ -280,8 +286,13 @@ class Attempts:
                 await self._outputs.discard(moves.connection, [row["id"]])
         if not moved:
             return None
-        self._bell.ring([_size_class(row)])
+        self._ring_when_due(moved[0])
         return moved[0]
+
+    def _ring_when_due(self, row: Row) -> None:
+        rest = 0.0 if row["retry_at"] is None else (row["retry_at"] - row["queued_at"]).total_seconds()
+        # If this process is gone by then, whoever claims finds it at the next look.
+        asyncio.get_running_loop().call_later(rest, self._bell.ring, [_size_class(row)])
 
     async def _end(
         self,
@@ -315,6 +326,7 @@ class Attempts:
                 await self._write_dead_letter(moves, moved[0], dead_letter_attempts)
         if moved:
             metrics.DLQ_SIZE.inc()
+            metrics.DLQ_ADDITIONS.labels(end.reason).inc()
         return moved[0] if moved else None
 
     @staticmethod
@@ -323,6 +335,12 @@ class Attempts:
         log.warning(
             "an evaluation became a dead letter", evaluation_id=row["id"], reason=row["reason"], attempts=attempts
         )
+
+
+def _retry_at(first_seconds: float) -> Sql:
+    """Return when a lost attempt may be tried again; spread, so that what was lost together does not come back in step."""
+    base = f"{float(first_seconds)!r} * 2 ^ e.losses"
+    return Sql(f"picked.at + make_interval(secs => least({_RETRY_MOST_S}, {base} * (0.5 + random())))")
 
 
 def _size_class(row: Row) -> SizeClass:

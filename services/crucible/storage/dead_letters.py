@@ -11,6 +11,7 @@ from crucible.contracts import (
     EvaluationRecord,
     NewEvaluation,
     NewEvaluations,
+    StoredStatus,
 )
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
@@ -93,6 +94,8 @@ class DeadLetters:
         (result,) = stored.results
         if result.evaluation is None:
             raise ProblemError("internal", "a replay without a quota was refused for quota")
+        if result.status is StoredStatus.CREATED:
+            metrics.DLQ_RETRIES.inc()
         return result.evaluation
 
     @timed("delete_dead_letter")

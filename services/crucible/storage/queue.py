@@ -226,6 +226,7 @@ class Queue:
             "instance": self._instance,
             "provisioning_at": NOW,
             "lease_until": Sql(f"picked.at + make_interval(secs => {float(self._lease_seconds)!r})"),
+            "retry_at": NULL,
         }
 
     def _claim(self, row: Row) -> Claim:

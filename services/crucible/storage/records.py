@@ -56,6 +56,7 @@ def evaluation_record(row: Row) -> EvaluationRecord:
         stdout=OutputInfo(size=row["stdout_bytes"], sha256=_hex(row["stdout_sha256"])),
         stderr=OutputInfo(size=row["stderr_bytes"], sha256=_hex(row["stderr_sha256"])),
         replay_of=row["replay_of"],
+        retry_at=row["retry_at"],
     )
 
 

@@ -58,7 +58,7 @@ class Storage:
         lifecycle = Lifecycle(self.database, self.relay.wake)
         self.submissions = Submissions(self.database, self._queued)
         self.outputs = Outputs(self.database, self.objects, bus, limits)
-        self.attempts = Attempts(self.database, lifecycle, self.outputs, self.bell, max_attempts=settings.max_attempts)
+        self.attempts = Attempts(self.database, lifecycle, self.outputs, self.bell, settings)
         self.queue = Queue(
             self.database,
             lifecycle,
