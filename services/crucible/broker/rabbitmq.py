@@ -1,0 +1,271 @@
+"""Publishing to RabbitMQ: a whole batch is sent, then its confirms are awaited together.
+
+A confirm says that a majority of the queue's members have the message on disk. One round trip per message, as kombu's
+`confirm_publish` makes it, would wait for that each time.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from typing import TYPE_CHECKING, Any
+
+import amqp
+import structlog
+from amqp import exceptions as amqp_errors
+
+from crucible.broker import topology
+from crucible.broker.celery_app import make_app
+from crucible.broker.connection import close, connect, explain_refusal
+from crucible.broker.errors import BrokerError, BrokerReason
+from crucible.broker.message import Hint, build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kombu.connection import Connection
+
+    from crucible.broker.urls import BrokerUrl
+    from crucible.limits import SizeClass
+    from crucible.settings import BrokerSettings
+
+log = structlog.get_logger(__name__)
+
+_NO_ROUTE = (
+    "the broker has no queue for what is published",
+    "run `crucible broker apply`, which declares queues and bindings",
+)
+_FULL = (
+    "the queue is at its length limit and refuses more",
+    "let workers drain it, add workers, or raise CRUCIBLE_BROKER__QUEUE_LENGTH_MAX; storage keeps what waits",
+)
+_BLOCKED = (
+    "the broker accepts no messages while an alarm is on (memory or disk)",
+    "free memory or disk space on its nodes; `rabbitmq-diagnostics alarms` names the node",
+)
+
+
+class _Channel:
+    """An open channel in confirm mode, and what the broker said about each message sent through it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.link: Any = connection.connection
+        self.link.on_blocked = self._on_blocked
+        self.link.on_unblocked = self._on_unblocked
+        self.channel: Any = self.link.channel()
+        self.blocked = False
+        # An alarm shows only in answer to a message: until one was confirmed, only one is risked.
+        self.proven = False
+        self._tag = 0
+        # Delivery tags that wait for their confirm, in the order in which they were sent.
+        self._waiting: dict[int, int] = {}
+        self.confirmed: set[int] = set()
+        self.refused: set[int] = set()
+        self.returned: set[str] = set()
+        self.channel.confirm_select()
+        self.channel.events["basic_ack"].add(self._on_ack)
+        self.channel.events["basic_nack"].add(self._on_nack)
+        self.channel.events["basic_return"].add(self._on_return)
+
+    def begin(self) -> None:
+        """Forget what was said about the last batch."""
+        for outcome in (self._waiting, self.confirmed, self.refused, self.returned):
+            outcome.clear()
+
+    def send(self, index: int, message: amqp.Message, routing_key: str, timeout: float) -> None:
+        self._tag += 1
+        self._waiting[self._tag] = index
+        self.channel.basic_publish(message, topology.EXCHANGE, routing_key, mandatory=True, timeout=timeout)
+
+    def await_confirms(self, deadline: float) -> None:
+        """Return when all is confirmed or refused, the time is over, or an alarm blocks the connection."""
+        while self._waiting and not self.blocked:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            try:
+                self.link.drain_events(timeout=left)
+            except TimeoutError:
+                return
+
+    def take_news(self) -> None:
+        """Read what arrived meanwhile, such as the end of an alarm or of the connection, and say that we live."""
+        try:
+            while True:
+                self.link.drain_events(timeout=0)
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+            pass
+        self.link.heartbeat_tick()
+
+    def _settle(self, delivery_tag: int, multiple: bool, into: set[int]) -> None:
+        tags = [tag for tag in self._waiting if tag <= delivery_tag] if multiple else [delivery_tag]
+        for tag in tags:
+            index = self._waiting.pop(tag, None)
+            if index is not None:
+                into.add(index)
+
+    def _on_ack(self, delivery_tag: int, multiple: bool) -> None:
+        self.proven = True
+        self._settle(delivery_tag, multiple, self.confirmed)
+
+    def _on_nack(self, delivery_tag: int, multiple: bool) -> None:
+        self._settle(delivery_tag, multiple, self.refused)
+
+    def _on_return(self, error: Exception, exchange: str, routing_key: str, message: amqp.Message) -> None:  # noqa: ARG002 - amqp's signature
+        self.returned.add(message.properties["correlation_id"])
+
+    def _on_blocked(self, _: str) -> None:
+        self.blocked = True
+
+    def _on_unblocked(self) -> None:
+        self.blocked = False
+
+
+class RabbitLink:
+    """One connection with one channel, opened when needed."""
+
+    def __init__(self, url: BrokerUrl, settings: BrokerSettings) -> None:
+        self._url = url
+        self._settings = settings
+        self._app = make_app(url, settings)
+        self._channel: _Channel | None = None
+
+    def publish(self, hints: Sequence[Hint], timeout: float) -> list[bool]:
+        """Publish in order; return which were confirmed. Raises if none was."""
+        deadline = time.monotonic() + timeout
+        channel = self._open()
+        if channel.blocked:
+            raise BrokerError(BrokerReason.BLOCKED, *_BLOCKED)
+        channel.begin()
+        failure = self._send_all(channel, hints, deadline)
+        # A message that no queue takes is returned, and confirmed all the same.
+        results = [
+            index in channel.confirmed and hint.evaluation_id not in channel.returned
+            for index, hint in enumerate(hints)
+        ]
+        failure = failure or self._judge(channel, results)
+        if failure is not None:
+            if not any(results):
+                raise failure
+            log.warning(
+                "broker confirmed only some messages",
+                broker=self._url.safe,
+                confirmed=sum(results),
+                published=len(hints),
+                reason=failure.reason,
+                detail=failure.message,
+                hint=failure.hint,
+            )
+        return results
+
+    def _send_all(self, channel: _Channel, hints: Sequence[Hint], deadline: float) -> BrokerError | None:
+        """Send all and await what the broker says; return what went wrong with the connection."""
+        try:
+            for index, hint in enumerate(hints):
+                if index == 1 and not channel.proven:
+                    channel.await_confirms(deadline)
+                    if not channel.proven:
+                        break
+                message = build(self._app, hint)
+                wire = channel.channel.prepare_message(
+                    message.body,
+                    priority=hint.priority,
+                    content_type=message.content_type,
+                    content_encoding=message.content_encoding,
+                    headers=message.headers,
+                    properties=message.properties,
+                )
+                left = max(deadline - time.monotonic(), 0.01)
+                channel.send(index, wire, topology.routing_key(hint.size_class), left)
+            channel.await_confirms(deadline)
+        except (OSError, amqp_errors.AMQPError) as error:
+            return self._lost(error)
+        return None
+
+    def _judge(self, channel: _Channel, results: list[bool]) -> BrokerError | None:
+        """Return why some were not confirmed, or None if all were."""
+        if all(results):
+            return None
+        if channel.blocked:
+            return BrokerError(BrokerReason.BLOCKED, *_BLOCKED)
+        if channel.returned:
+            return BrokerError(BrokerReason.NOT_DECLARED, *_NO_ROUTE)
+        if channel.refused:
+            return BrokerError(BrokerReason.FULL, *_FULL)
+        # Another node may do better: a queue whose majority is elsewhere never confirms.
+        self.close()
+        return BrokerError(
+            BrokerReason.UNREACHABLE,
+            "the broker does not confirm in time what is published",
+            "check that a majority of its nodes runs: `rabbitmq-diagnostics check_if_node_is_quorum_critical`",
+        )
+
+    def depth(self, size_class: SizeClass) -> tuple[int, int | None]:
+        """Return how many messages no consumer holds, and how many consumers there are."""
+        found = self._ask(lambda channel: channel.queue_declare(topology.queue_name(size_class), passive=True))
+        return found.message_count, found.consumer_count
+
+    def purge(self, size_class: SizeClass) -> int:
+        """Remove what no consumer holds; return how many that were."""
+        return int(self._ask(lambda channel: channel.queue_purge(topology.queue_name(size_class))))
+
+    def delete(self, size_class: SizeClass) -> None:
+        """Delete the queue if it is there."""
+        self._ask(lambda channel: channel.queue_delete(topology.queue_name(size_class)))
+
+    def declare(self) -> None:
+        """Declare exchanges, queues and bindings."""
+        wanted = topology.topology(self._settings)
+        self._ask(lambda channel: _declare(channel, wanted))
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._channel is not None:
+            close(self._channel.connection)
+            self._channel = None
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        channel = self._open()
+        try:
+            return question(channel.channel)
+        except (OSError, amqp_errors.AMQPError) as error:
+            raise self._lost(error) from None
+
+    def _open(self) -> _Channel:
+        """Return the channel, newly opened if there is none or its connection was lost since."""
+        if self._channel is not None:
+            try:
+                self._channel.take_news()
+            except (OSError, amqp_errors.AMQPError) as error:
+                log.info("broker connection was lost", broker=self._url.safe, error=str(error))
+                self.close()
+        if self._channel is None:
+            connection = connect(self._url, self._settings)
+            try:
+                self._channel = _Channel(connection)
+            except (OSError, amqp_errors.AMQPError) as error:
+                close(connection)
+                raise self._lost(error) from None
+        return self._channel
+
+    def _lost(self, error: Exception) -> BrokerError:
+        """Drop a connection that failed, and return what that means."""
+        self.close()
+        if isinstance(error, amqp_errors.AMQPError) and error.reply_code in {403, 404, 405, 406, 530}:
+            return explain_refusal(error, self._url)
+        why = str(error) or type(error).__name__
+        return BrokerError(
+            BrokerReason.UNREACHABLE,
+            f"the connection to the broker was lost ({why})",
+            "nothing to do if it comes back: the next attempt connects again, to another node if need be",
+        )
+
+
+def _declare(channel: Any, wanted: topology.Topology) -> None:
+    for exchange in wanted.exchanges:
+        channel.exchange_declare(exchange.name, exchange.type, durable=True, auto_delete=False)
+    for queue in wanted.queues:
+        channel.queue_declare(queue.name, durable=True, auto_delete=False, arguments=dict(queue.arguments))
+    for binding in wanted.bindings:
+        channel.queue_bind(binding.queue, binding.exchange, binding.routing_key)
