@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crucible.limits import SizeClass
+from crucible.settings import SettingsError, env_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from crucible.limits import Limits
     from crucible.settings import BrokerSettings
 
 VHOST = "crucible"
