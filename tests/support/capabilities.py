@@ -79,6 +79,26 @@ def _probe_postgres() -> str | None:
     return _run(Path(wheel.origin).parent / "pginstall" / "bin" / "postgres", "--version")
 
 
+def _probe_servers() -> str | None:
+    """The servers' root file system, fetched now if need be, and one of its programs run as a server is."""
+    if missing := _probe_sandbox():
+        return missing
+    from tests.servers.process import ServerRootError, why_no_servers
+
+    try:
+        return why_no_servers()
+    except ServerRootError as error:
+        return str(error)
+
+
+def _probe_network_namespaces() -> str | None:
+    if missing := _probe_linux():
+        return missing
+    from tests.servers.network import why_no_namespaces
+
+    return why_no_namespaces()
+
+
 def own_cgroup(controller: str) -> Path | None:
     """The folder of this process's cgroup for one v1 controller, or of its v2 cgroup for the empty name."""
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
@@ -113,6 +133,11 @@ def _probe_cgroups() -> str | None:
     return None if without_v1 is None else f"v2: {without_v2}; v1: {without_v1}"
 
 
+_HOW_TO_HAVE_SERVERS = (
+    "run `scripts/server-root`, which fetches Debian's packages and says what it lacks: on Debian nothing, on Ubuntu the address "
+    "of a Debian mirror in CRUCIBLE_DEBIAN_MIRROR"
+)
+
 _CAPABILITIES = {
     capability.name: capability
     for capability in (
@@ -129,6 +154,14 @@ _CAPABILITIES = {
             "postgres",
             _probe_postgres,
             "run `scripts/setup dev`, which installs PostgreSQL as a Python package; it has builds for Linux and macOS",
+            required_in_ci=True,
+        ),
+        Capability("rabbitmq", _probe_servers, _HOW_TO_HAVE_SERVERS, required_in_ci=True),
+        Capability("redis", _probe_servers, _HOW_TO_HAVE_SERVERS, required_in_ci=True),
+        Capability(
+            "network namespaces",
+            _probe_network_namespaces,
+            "run the tests as root, best in a throw-away machine, with iproute2 installed",
             required_in_ci=True,
         ),
         Capability(

@@ -1,0 +1,57 @@
+"""The real servers that integration tests share; each starts when the first test asks for it, and ends with the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.folders import scratch_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.servers.rabbitmq import RabbitCluster
+    from tests.servers.redis import RedisServer
+
+
+@pytest.fixture(scope="session")
+def _rabbitmq_of_this_run() -> Iterator[RabbitCluster]:
+    from tests.servers.rabbitmq import RabbitCluster
+
+    for folder in scratch_dir():
+        with RabbitCluster(folder) as cluster:
+            yield cluster
+
+
+@pytest.fixture
+def rabbitmq(_rabbitmq_of_this_run: RabbitCluster) -> Iterator[RabbitCluster]:
+    """A cluster of three, healthy before the test and after it, whatever the test does to it."""
+    _rabbitmq_of_this_run.restore()
+    yield _rabbitmq_of_this_run
+    _rabbitmq_of_this_run.restore()
+
+
+@pytest.fixture
+def rabbit_vhost(rabbitmq: RabbitCluster) -> Iterator[str]:
+    """A virtual host of the test's own."""
+    name = rabbitmq.new_vhost()
+    yield name
+    rabbitmq.restore()
+    rabbitmq.delete_vhost(name)
+
+
+@pytest.fixture(scope="module")
+def _redis_of_this_module() -> Iterator[RedisServer]:
+    from tests.servers.redis import RedisServer
+
+    for folder in scratch_dir():
+        with RedisServer(folder) as server:
+            yield server
+
+
+@pytest.fixture
+def redis_server(_redis_of_this_module: RedisServer) -> RedisServer:
+    """A Redis that runs; other tests of the module have left their data in it."""
+    _redis_of_this_module.start()
+    return _redis_of_this_module
