@@ -1,8 +1,8 @@
 """Events: what happened to an evaluation, told to whoever listens.
 
 The table in storage is the truth; a bus only carries hints that arrive at least once and possibly late. A subscriber that
-fell behind is told so (`Lagged`) and reads the table again. In `local` the bus is this process; Redis Streams take its place
-where `CRUCIBLE_REDIS_URL` names one.
+fell behind is told so (`Lagged`) and reads the table again. Within a process the bus is `InProcessBus`; between processes
+`crucible.streams` carries the same events, where `CRUCIBLE_REDIS_URL` names a Redis.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class RunningData(EventData):
 
 
 class OutputData(EventData):
-    """Of `output`: how much there is to read. Not in the table; only the bus carries it."""
+    """Of `output`: how much there is to read. Not in the table and not in the stream; only the bus and its channel carry it."""
 
     stdout_bytes: int = Field(ge=0, description="Standard output so far, bytes")
     stderr_bytes: int = Field(ge=0, description="Standard error so far, bytes")
@@ -142,14 +142,34 @@ class Lagged:
     """Put in place of events that a slow subscriber missed: read the table, then go on."""
 
 
-class EventBus(Protocol):
-    """Carries events from storage to whoever listens."""
+class EventSink(Protocol):
+    """Takes events."""
 
     def publish(self, event: Event) -> None:
-        """Hand an event to every subscriber that wants it. Never blocks and never fails for a slow subscriber."""
+        """Hand an event on. Never blocks and never fails for a slow or absent reader."""
+
+
+class EventFeed(Protocol):
+    """Gives events."""
 
     def subscribe(self, wants: Callable[[Event], bool]) -> AbstractContextManager[asyncio.Queue[Event | Lagged]]:
         """Return a context manager giving a queue of the events for which `wants` is true, and of `Lagged`."""
+
+
+class EventBus(EventSink, EventFeed, Protocol):
+    """Carries events from storage to whoever listens in the same process."""
+
+
+class FanOut:
+    """Hands each event to several sinks."""
+
+    def __init__(self, *sinks: EventSink) -> None:
+        self._sinks = sinks
+
+    def publish(self, event: Event) -> None:
+        """Hand an event to every sink."""
+        for sink in self._sinks:
+            sink.publish(event)
 
 
 class InProcessBus:
@@ -171,10 +191,13 @@ class InProcessBus:
             if not wants(event):
                 continue
             if queue.full():
-                while not queue.empty():
-                    queue.get_nowait()
-                queue.put_nowait(Lagged())
+                _mark(queue)
             queue.put_nowait(event)
+
+    def lag(self) -> None:
+        """Tell every subscriber that events may have been missed."""
+        for queue in self._subscribers:
+            _mark(queue)
 
     @contextmanager
     def subscribe(self, wants: Callable[[Event], bool]) -> Iterator[asyncio.Queue[Event | Lagged]]:
@@ -185,3 +208,10 @@ class InProcessBus:
             yield queue
         finally:
             del self._subscribers[queue]
+
+
+def _mark(queue: asyncio.Queue[Event | Lagged]) -> None:
+    """Put the mark in place of all that was not read yet."""
+    while not queue.empty():
+        queue.get_nowait()
+    queue.put_nowait(Lagged())

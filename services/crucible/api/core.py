@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from crucible.auth import Principal
     from crucible.clients import DispatcherClient, StorageClient
     from crucible.contracts import CapacityReport, EvaluationRecord, QueueReport
-    from crucible.events import Event, EventBus
+    from crucible.events import Event, EventFeed
     from crucible.settings import Settings
 
 # How old the queue's and nodes' state may be where it only explains a wait, and how long such an explanation may be waited for.
@@ -47,7 +47,7 @@ class Api:
         settings: Settings,
         storage: StorageClient,
         dispatcher: DispatcherClient,
-        bus: EventBus,
+        bus: EventFeed,
         *,
         tracing: Tracing | None = None,
     ) -> None:

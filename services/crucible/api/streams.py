@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from crucible.events import EventBus
+    from crucible.events import EventFeed
 
 log = logs.get_logger("streams")
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Listener:
 class Streams:
     """Every stream and long-poll that is open."""
 
-    def __init__(self, bus: EventBus) -> None:
+    def __init__(self, bus: EventFeed) -> None:
         self._bus = bus
         self._listeners: set[Listener] = set()
         self._idle = asyncio.Event()

@@ -29,7 +29,7 @@ from crucible.storage.tables import HELD
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from crucible.events import EventBus
+    from crucible.events import EventSink
     from crucible.limits import Limits
     from crucible.storage.engine import Connection, Database, Row
 
@@ -154,7 +154,7 @@ def _decode(body: bytes) -> list[Frame]:
 class Outputs:
     """Takes in, keeps, and gives back output."""
 
-    def __init__(self, database: Database, store: ObjectStore, bus: EventBus, limits: Limits) -> None:
+    def __init__(self, database: Database, store: ObjectStore, bus: EventSink, limits: Limits) -> None:
         self._database = database
         self._store = store
         self._bus = bus

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from crucible import logs
+from crucible.events import FanOut
 from crucible.storage.attempts import Attempts
 from crucible.storage.bell import Bell
 from crucible.storage.dead_letters import DeadLetters
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from crucible.health import Health
     from crucible.limits import Limits, SizeClass
     from crucible.settings import StorageSettings
+    from crucible.streams.log import EventLog
 
 log = logs.get_logger("storage")
 
@@ -49,15 +51,16 @@ class Storage:
         database_url: str,
         data_dir: Path,
         instance: str,
+        event_log: EventLog | None = None,
     ) -> None:
         self._tasks: list[asyncio.Task[None]] = []
         self.database = Database(database_url, settings.pool_size)
-        self.relay = Relay(database_url, bus)
+        self.relay = Relay(database_url, bus, event_log)
         self.bell = Bell(database_url, instance)
         self.objects = ObjectStore(self.database, settings, data_dir)
         lifecycle = Lifecycle(self.database, self.relay.wake)
         self.submissions = Submissions(self.database, self._queued)
-        self.outputs = Outputs(self.database, self.objects, bus, limits)
+        self.outputs = Outputs(self.database, self.objects, FanOut(bus, event_log) if event_log else bus, limits)
         self.attempts = Attempts(self.database, lifecycle, self.outputs, self.bell, settings)
         self.queue = Queue(
             self.database,
