@@ -1,0 +1,1 @@
+"""Each service as a process of its own, composed from settings alone: what `crucible serve` runs, and what the images run."""
