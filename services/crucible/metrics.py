@@ -73,7 +73,9 @@ EVENT_STREAM_UP = Gauge(
 )
 EVENT_STREAM_APPENDED = Counter("event_stream_appended_total", "Events added to the stream", registry=REGISTRY)
 EVENT_STREAM_REBUILT = Counter(
-    "event_stream_rebuilt_total", "Times that Redis had lost events and was told again from the table", registry=REGISTRY
+    "event_stream_rebuilt_total",
+    "Times that Redis had lost events and was told again from the table",
+    registry=REGISTRY,
 )
 EVENT_STREAM_ENTRIES = Gauge("event_stream_entries", "Events in the stream", registry=REGISTRY)
 EVENT_STREAM_LAG = Gauge(
@@ -86,7 +88,10 @@ EVENT_REDELIVERED = Counter(
     "event_redelivered_total", "Events that came to a consumer group more than once", ["group"], registry=REGISTRY
 )
 EVENT_OUT_OF_ORDER = Counter(
-    "event_out_of_order_total", "Events that came after a later one of the same evaluation", ["group"], registry=REGISTRY
+    "event_out_of_order_total",
+    "Events that came after a later one of the same evaluation",
+    ["group"],
+    registry=REGISTRY,
 )
 EVENT_DEAD = Counter(
     "event_dead_total", "Events that a consumer group could not handle and gave up", ["group"], registry=REGISTRY
@@ -104,6 +109,13 @@ DLQ_ADDITIONS = Counter(
 )
 DLQ_RETRIES = Counter("dlq_retries_total", "Dead letters that were replayed", registry=REGISTRY)
 SLOTS = Gauge("worker_slots", "Worker slots", ["size_class", "state"], registry=REGISTRY)
+WORKER_HINTS = Counter("worker_hints_total", "What became of messages from the broker", ["verdict"], registry=REGISTRY)
+WORKER_CONNECTIONS = Counter(
+    "worker_broker_connections_total", "Connections to the broker that a worker opened", registry=REGISTRY
+)
+BROKER_REDELIVERED = Counter(
+    "broker_redelivered_total", "Messages that the broker handed out again", ["size_class"], registry=REGISTRY
+)
 BREAKER_OPEN = Gauge(
     "circuit_breaker_open", "1 while calls to a service are being refused", ["target"], registry=REGISTRY
 )
