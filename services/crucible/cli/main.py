@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from crucible import __version__
-from crucible.cli import demo, evaluations, following, openapi, up, upkeep
+from crucible.cli import consuming, demo, evaluations, following, openapi, up, upkeep
 from crucible.cli.exit_codes import MEANINGS, ExitCode
 from crucible.cli.session import Session
 
@@ -38,7 +38,7 @@ app.command("submit")(evaluations.submit)
 app.command("batch")(evaluations.batch)
 app.command("status")(evaluations.status)
 app.command("logs")(following.logs)
-app.command("events")(following.events)
+app.add_typer(consuming.events, name="events")
 app.command("cancel")(evaluations.cancel)
 app.command("list")(evaluations.list_evaluations)
 app.command("capacity")(upkeep.capacity)

@@ -8,6 +8,7 @@ handle is moved to a stream of dead events instead of coming back for ever.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, TypeAlias
@@ -95,22 +96,24 @@ class EventConsumer:
         self._handled = _Handled()
         self._outage = Outage("consumer")
         self._claim_at = 0.0
+        self._left = math.inf
         self._redelivered = metrics.EVENT_REDELIVERED.labels(group)
         self._out_of_order = metrics.EVENT_OUT_OF_ORDER.labels(group)
         self._dead = metrics.EVENT_DEAD.labels(group)
 
-    async def run(self, handle: Handler) -> None:
-        """Hand every event to `handle` until cancelled; a Redis that is away is waited for.
+    async def run(self, handle: Handler, *, limit: int | None = None) -> None:
+        """Hand every event to `handle`, until cancelled or `limit` events are handled; a Redis that is away is waited for.
 
         `handle` gets each event at least once and must not mind a repetition. `Lagged` means that events may be missing: the
         group is new, Redis lost it, or more was trimmed than was read; whoever keeps a state reads the table then. An exception
         is a failed delivery: the event comes again after `claim_idle_seconds`, to whichever consumer asks first.
         """
-        while True:
+        self._left = math.inf if limit is None else limit
+        while self._left > 0:
             try:
                 with stream_errors():
                     await self._join(handle)
-                    while True:
+                    while self._left > 0:
                         await self._turn(handle)
                         self._outage.ended()
             except StreamError as error:
@@ -150,10 +153,12 @@ class EventConsumer:
         if time.monotonic() >= self._claim_at:
             self._claim_at = time.monotonic() + self._idle_s / 2
             await self._claim(handle)
+            if self._left <= 0:
+                return
         if await self._was_overtaken():
             await self._tell(handle, Lagged())
         found = await self._redis.xreadgroup(
-            self._group, self._name, {STREAM: ">"}, count=_BATCH, block=int(min(_BLOCK_S, self._idle_s / 2) * 1000)
+            self._group, self._name, {STREAM: ">"}, count=self._batch, block=int(min(_BLOCK_S, self._idle_s / 2) * 1000)
         )
         await self._work_off([(entry_id, fields, 1) for entry_id, fields in (found[0][1] if found else [])], handle)
 
@@ -171,7 +176,7 @@ class EventConsumer:
         start = _BEGINNING
         while True:
             start, entries, *gone = await self._redis.xautoclaim(
-                STREAM, self._group, self._name, int(self._idle_s * 1000), start, count=_BATCH
+                STREAM, self._group, self._name, int(self._idle_s * 1000), start, count=self._batch
             )
             if gone and gone[0]:
                 # Trimmed before it was handled.
@@ -184,8 +189,12 @@ class EventConsumer:
                 )
                 deliveries = {entry["message_id"]: entry["times_delivered"] for entry in pending}
                 await self._work_off([(each, fields, deliveries.get(each, 1)) for each, fields in entries], handle)
-            if start == _BEGINNING:
+            if start == _BEGINNING or self._left <= 0:
                 return
+
+    @property
+    def _batch(self) -> int:
+        return int(min(_BATCH, self._left))
 
     # -- entries
 
@@ -227,6 +236,7 @@ class EventConsumer:
             if self._handled.is_late(event):
                 self._out_of_order.inc()
             self._handled.add(event)
+            self._left -= 1
         await self._redis.xack(STREAM, self._group, entry_id)
 
     async def _attempt(self, handle: Handler, item: Event | Lagged) -> str | None:
