@@ -245,6 +245,16 @@ class StorageClient:
         """Delete old evaluations."""
         return await self._send("POST", "/internal/cleanup", c.CleanupResult, request)
 
+    # -- broker
+
+    async def broker(self) -> c.BrokerReport:
+        """Read where the brokers stand."""
+        return await self._get("/internal/broker", c.BrokerReport)
+
+    async def move_broker(self, move: c.BrokerMove) -> c.BrokerReport:
+        """Take a step from one broker to the other; repeating it is harmless. 409 `conflict` if it is not its turn."""
+        return await self._send("POST", "/internal/broker/migration", c.BrokerReport, move)
+
 
 class DispatcherClient:
     """The dispatcher service."""

@@ -421,6 +421,51 @@ class BrokerPhase(StrEnum):
     FINISHED = "finished"
 
 
+class BrokerAction(StrEnum):
+    """A step of that move."""
+
+    START = "start"
+    DRAIN = "drain"
+    FINISH = "finish"
+    ROLLBACK = "rollback"
+
+
+class BrokerMove(Frozen):
+    """Take a step."""
+
+    action: BrokerAction
+    share: int | None = Field(None, ge=1, le=100, description="With start: percent of the work for the new broker")
+    actor: str
+
+
+class BrokerSide(Frozen):
+    """One broker: what it holds, and what the table says of it."""
+
+    role: str = Field(description="`new`, or `legacy` for the one that is being left")
+    kind: str = Field(description="`rabbitmq` or `redis`")
+    url: str = Field(description="Its URL without the password")
+    up: bool
+    problem: str | None = Field(None, description="Why it cannot be asked, and what to do about it")
+    queued: dict[SizeClass, int] | None = Field(description="Messages that no worker holds; absent while it is not up")
+    consumers: dict[SizeClass, int] | None = Field(None, description="Workers that consume; absent where it cannot say")
+    waiting: int = Field(description="Waiting evaluations that it has been told of")
+    in_flight: int = Field(description="Evaluations that workers hold and were told of through it")
+
+
+class BrokerReport(Frozen):
+    """The brokers of the installation, and where the move between two of them stands."""
+
+    brokers: list[BrokerSide] = Field(description="Empty where the database itself is the queue")
+    untold: int = Field(description="Waiting evaluations that no broker has been told of yet")
+    phase: BrokerPhase | None = Field(None, description="Absent unless there are two brokers")
+    share: int | None = Field(None, description="Percent of the work that goes to the new broker")
+    changed_at: datetime | None = None
+    changed_by: str | None = None
+    drained: bool | None = Field(None, description="Whether the legacy broker holds nothing any more")
+    next: str = Field(description="What is left to do, in words")
+    notes: list[str] = Field(default_factory=list, description="What the last step could not do, and what that means")
+
+
 # --- sandboxes ------------------------------------------------------------------------------------------------------------
 
 

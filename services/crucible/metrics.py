@@ -108,6 +108,32 @@ DLQ_ADDITIONS = Counter(
     "dlq_additions_total", "Evaluations that became dead letters, by their last cause", ["reason"], registry=REGISTRY
 )
 DLQ_RETRIES = Counter("dlq_retries_total", "Dead letters that were replayed", registry=REGISTRY)
+BROKER_UP = Gauge("broker_up", "1 while the broker takes hints", ["broker"], registry=REGISTRY)
+BROKER_PUBLISHED = Counter(
+    "broker_published_total",
+    "Hints sent to the broker, by what became of them",
+    ["broker", "result"],
+    registry=REGISTRY,
+)
+BROKER_CONFIRM_SECONDS = Histogram(
+    "broker_publish_confirm_seconds",
+    "From sending a batch of hints to its last confirm",
+    ["broker"],
+    buckets=_REQUEST_BUCKETS,
+    registry=REGISTRY,
+)
+BROKER_QUEUE_MESSAGES = Gauge(
+    "broker_queue_messages", "Messages that no consumer holds", ["broker", "queue"], registry=REGISTRY
+)
+BROKER_CONSUMERS = Gauge("broker_consumers", "Consumers of a queue", ["broker", "queue"], registry=REGISTRY)
+BROKER_RETURNED = Counter(
+    "broker_returned_total", "Messages that the broker gave up, by its reason", ["broker", "reason"], registry=REGISTRY
+)
+HINT_BACKLOG = Gauge("hint_backlog", "Waiting evaluations of which no broker has been told", registry=REGISTRY)
+HINT_OLDEST = Gauge("hint_oldest_seconds", "Longest present wait for the first hint", registry=REGISTRY)
+HINTS_REPAIRED = Counter(
+    "hints_repaired_total", "Hints that are published again, by why they had to be", ["why"], registry=REGISTRY
+)
 SLOTS = Gauge("worker_slots", "Worker slots", ["size_class", "state"], registry=REGISTRY)
 WORKER_HINTS = Counter("worker_hints_total", "What became of messages from the broker", ["verdict"], registry=REGISTRY)
 WORKER_CONNECTIONS = Counter(

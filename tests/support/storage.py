@@ -27,6 +27,8 @@ from tests.support.postgres import fresh_database
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from crucible.storage.hints import Brokers
+
 TOKEN = "storage-test-token"
 WORKER = "worker-1"
 
@@ -155,13 +157,20 @@ async def storage_over(
     instance: str = "instance-1",
     limits: Limits | None = None,
     bus: InProcessBus | None = None,
+    brokers: Brokers | None = None,
     **settings: Any,
 ) -> AsyncIterator[Bench]:
     """Run a storage service over a given database; several may share one. A lost attempt is tried again at once unless told."""
     settings.setdefault("retry_seconds", 0.0)
     bus = bus or InProcessBus()
     storage = Storage(
-        StorageSettings(**settings), limits or Limits(), bus, database_url=url, data_dir=data_dir, instance=instance
+        StorageSettings(**settings),
+        limits or Limits(),
+        bus,
+        database_url=url,
+        data_dir=data_dir,
+        instance=instance,
+        brokers=brokers,
     )
     health = Health("storage", "test")
     heard: list[Event] = []

@@ -58,6 +58,7 @@ def make_storage_app(storage: Storage, token: str, health: Health) -> FastAPI:
     _add_reports(router, storage)
     _add_keys(router, storage)
     _add_upkeep(router, storage)
+    _add_broker(router, storage)
     app.include_router(router)
     return app
 
@@ -224,3 +225,13 @@ def _add_upkeep(router: APIRouter, storage: Storage) -> None:
     @router.post("/cleanup")
     async def cleanup(body: c.CleanupRequest) -> Response:
         return _answer(await storage.upkeep.clean(body))
+
+
+def _add_broker(router: APIRouter, storage: Storage) -> None:
+    @router.get("/broker")
+    async def report() -> Response:
+        return _answer(await storage.route.report())
+
+    @router.post("/broker/migration")
+    async def move(body: c.BrokerMove) -> Response:
+        return _answer(await storage.route.move(body))

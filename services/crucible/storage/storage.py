@@ -12,6 +12,7 @@ from crucible.storage.attempts import Attempts
 from crucible.storage.bell import Bell
 from crucible.storage.dead_letters import DeadLetters
 from crucible.storage.engine import Database
+from crucible.storage.hints import Hints
 from crucible.storage.keys import Keys
 from crucible.storage.loops import every
 from crucible.storage.migrate import migrate
@@ -20,6 +21,7 @@ from crucible.storage.output import Outputs
 from crucible.storage.queue import Queue
 from crucible.storage.reading import Reading
 from crucible.storage.relay import Relay
+from crucible.storage.route import Route
 from crucible.storage.submission import Submissions
 from crucible.storage.transitions import Lifecycle
 from crucible.storage.upkeep import Upkeep
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from crucible.health import Health
     from crucible.limits import Limits, SizeClass
     from crucible.settings import StorageSettings
+    from crucible.storage.hints import Brokers
     from crucible.streams.log import EventLog
 
 log = logs.get_logger("storage")
@@ -52,6 +55,7 @@ class Storage:
         data_dir: Path,
         instance: str,
         event_log: EventLog | None = None,
+        brokers: Brokers | None = None,
     ) -> None:
         self._tasks: list[asyncio.Task[None]] = []
         self.database = Database(database_url, settings.pool_size)
@@ -70,6 +74,8 @@ class Storage:
             instance=instance,
             lease_seconds=settings.lease_seconds,
         )
+        self.hints = Hints(brokers, self.database, self.bell) if brokers else None
+        self.route = Route(self.database, self.hints.lanes if self.hints else {})
         self.reading = Reading(self.database)
         self.dead_letters = DeadLetters(self.database, self.submissions)
         self.keys = Keys(self.database)
@@ -104,10 +110,14 @@ class Storage:
             await self.database.close()
             raise
         loops = {"relay": self.relay.run, "bell": self.bell.run, "upkeep": self.upkeep.run, "gauge": self._gauge}
+        if self.hints:
+            loops["hints"] = self.hints.run
         self._tasks = [asyncio.create_task(run(), name=f"storage-{name}") for name, run in loops.items()]
 
     async def _gauge(self) -> None:
-        await every("gauge", _GAUGE_S, self.queue.gauge)
+        async with asyncio.TaskGroup() as group:
+            for gauge in (self.queue.gauge, *([self.hints.gauge] if self.hints else [])):
+                group.create_task(every("gauge", _GAUGE_S, gauge))
 
     async def aclose(self) -> None:
         """Answer waiting claims, stop the loops and close every connection. What is not yet relayed is relayed by the next start."""
@@ -118,6 +128,8 @@ class Storage:
             with suppress(asyncio.CancelledError):
                 await task
         self._tasks = []
+        if self.hints:
+            await self.hints.aclose()
         await self.database.close()
 
     async def reclaim_foreign(self, instance: str) -> int:
@@ -128,4 +140,6 @@ class Storage:
         """Register what tells whether storage can do its work now; every check reads memory only."""
         health.add("database", self.database.problem)
         health.add("relay", self.relay.heartbeat.check)
+        if self.hints:
+            self.hints.watch(health)
         health.add("upkeep", self.upkeep.heartbeat.check)
