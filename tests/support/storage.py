@@ -27,6 +27,8 @@ from tests.support.postgres import fresh_database
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from crucible.streams.log import EventLog
+
     from crucible.storage.hints import Brokers
 
 TOKEN = "storage-test-token"
