@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 
 runner = CliRunner()
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
-OFFLINE = {"up", "demo", "openapi", "events consume"}
+OFFLINE = {"up", "demo", "openapi", "events consume", "broker definitions", "broker apply", "broker verify"}
 
 
 def commands(group: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
