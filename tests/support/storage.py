@@ -27,9 +27,8 @@ from tests.support.postgres import fresh_database
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from crucible.streams.log import EventLog
-
     from crucible.storage.hints import Brokers
+    from crucible.streams.log import EventLog
 
 TOKEN = "storage-test-token"
 WORKER = "worker-1"
@@ -160,6 +159,7 @@ async def storage_over(
     limits: Limits | None = None,
     bus: InProcessBus | None = None,
     brokers: Brokers | None = None,
+    event_log: EventLog | None = None,
     **settings: Any,
 ) -> AsyncIterator[Bench]:
     """Run a storage service over a given database; several may share one. A lost attempt is tried again at once unless told."""
@@ -173,6 +173,7 @@ async def storage_over(
         data_dir=data_dir,
         instance=instance,
         brokers=brokers,
+        event_log=event_log,
     )
     health = Health("storage", "test")
     heard: list[Event] = []
