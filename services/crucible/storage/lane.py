@@ -92,11 +92,13 @@ UPDATE evaluations SET hint_priority = NULL WHERE id IN (
      ORDER BY effective_priority DESC, number LIMIT $6 FOR NO KEY UPDATE SKIP LOCKED)"""  # noqa: S608 - constants
 _OVERTAKEN = f"""
 WITH claimed AS (
-    SELECT size_class, min(hint_priority) AS lowest FROM evaluations
-     WHERE {HELD} AND hint_broker = $1 AND provisioning_at > clock_timestamp() - make_interval(secs => $2) GROUP BY 1)
+    SELECT size_class, hint_priority, max(provisioning_at) AS latest FROM evaluations
+     WHERE {HELD} AND hint_broker = $1 AND hint_priority IS NOT NULL GROUP BY 1, 2)
 UPDATE evaluations SET hint_priority = NULL WHERE id IN (
-    SELECT id FROM evaluations AS e JOIN claimed AS c ON c.size_class = e.size_class AND e.hint_priority > c.lowest
-     WHERE {_TOLD} AND {_RESTED} FOR NO KEY UPDATE OF e SKIP LOCKED)"""  # noqa: S608 - constants
+    SELECT id FROM evaluations AS e WHERE {_TOLD} AND {_RESTED} AND EXISTS (
+           SELECT FROM claimed AS c WHERE c.size_class = e.size_class AND c.hint_priority < e.hint_priority
+              AND c.latest > e.hinted_at + make_interval(secs => $2 * $3))
+       FOR NO KEY UPDATE OF e SKIP LOCKED)"""  # noqa: S608 - constants
 _RETURNED = f"UPDATE evaluations SET hint_priority = NULL WHERE id = ANY($2) AND {_TOLD}"  # noqa: S608 - constants
 
 
@@ -211,7 +213,7 @@ class Lane:
                 with self._bell.listen(SizeClass) as rung:
                     if not await self._turn(connection):
                         with suppress(TimeoutError):
-                            async with asyncio.timeout(_POLL_S):
+                            async with asyncio.timeout(min(_POLL_S, self._period)):
                                 await rung.wait()
 
     async def _turn(self, connection: Connection) -> bool:
