@@ -24,6 +24,8 @@ _CLIENTS = "198.18.{subnet}.{host}"
 _PEERS = "198.19.0.{host}"
 _LOOPBACK = "127.18.{subnet}.{host}"
 _HOST = 254
+# Below the ports that the kernel hands out.
+_LOOPBACK_PORTS = 20_000
 # What ip(8) shows of this machine, by the process that made it: cr<pid>-<cluster><role><node>, within 15 characters.
 _OWN_NAME = re.compile(r"cr(?P<pid>\d+)-\d+[a-z]\d*")
 _PEER_BRIDGE, _ISLAND_BRIDGE, _CLIENT_BRIDGE, _PEER_END, _CLIENT_END = "b", "i", "d", "p", "c"
@@ -39,12 +41,17 @@ class Network(Protocol):
     """Addresses for the nodes 1, 2, ... of one cluster."""
 
     own_namespaces: bool
+    # Where Erlang's epmd tells nodes each other's ports.
+    names_port: int
 
     def client_address(self, node: int) -> str:
         """Return where clients reach a node."""
 
     def peer_address(self, node: int) -> str:
         """Return where the other nodes reach a node."""
+
+    def peer_port(self, node: int) -> int:
+        """Return at which port they do."""
 
     def connect(self, node: int, pid: int) -> None:
         """Give the process that a node has just become its interfaces."""
@@ -128,12 +135,19 @@ class LoopbackNetwork:
 
     def __init__(self) -> None:
         self._subnet = _Subnet()
+        # Erlang's own ports serve a whole machine, whatever the address: each cluster has others.
+        self._ports = _LOOPBACK_PORTS + 10 * self._subnet.number
+        self.names_port = self._ports
 
     def client_address(self, node: int) -> str:
         """Return where clients reach a node."""
         return _LOOPBACK.format(subnet=self._subnet.number, host=node)
 
     peer_address = client_address
+
+    def peer_port(self, node: int) -> int:
+        """Return at which port they do."""
+        return self._ports + node
 
     def connect(self, node: int, pid: int) -> None:
         """Do nothing: the node has the machine's own network."""
@@ -156,6 +170,7 @@ class NamespaceNetwork:
     """Each node in a network namespace of its own. The namespace lives in the node's processes and ends with them."""
 
     own_namespaces = True
+    names_port = 4369
 
     def __init__(self) -> None:
         _remove_leftovers()
@@ -183,6 +198,10 @@ class NamespaceNetwork:
     def peer_address(self, node: int) -> str:
         """Return where the other nodes reach a node."""
         return _PEERS.format(host=node)
+
+    def peer_port(self, node: int) -> int:
+        """Return at which port they do, the same for all: RabbitMQ's own."""
+        return 25672
 
     def connect(self, node: int, pid: int) -> None:
         """Give the process that a node has just become its interfaces."""

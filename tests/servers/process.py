@@ -135,13 +135,9 @@ class ServerProcess:
     def _environment(self) -> dict[str, str]:
         return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self._spec.environment}
 
-    def _command(self, info: int, block: int) -> list[str]:
+    def _sandbox(self, *options: str) -> list[str]:
         spec = self._spec
-        options = [
-            *("--die-with-parent", "--as-pid-1", "--new-session"),
-            *("--unshare-user", "--uid", str(UID), "--gid", str(UID)),
-            *("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", spec.hostname),
-            *(("--unshare-net",) if spec.own_network else ()),
+        mounts = [
             *(
                 "--ro-bind",
                 str(spec.root),
@@ -154,19 +150,31 @@ class ServerProcess:
                 "/tmp",
                 "--tmpfs",
                 "/run",
-            ),
-            *("--info-fd", str(info), "--block-fd", str(block)),
+            )
         ]
-        for option, mounts in (("--ro-bind", spec.binds), ("--bind", spec.writable)):
-            for inside, outside in mounts.items():
-                options += [option, str(outside), inside]
-        return [str(bwrap_path()), *options, "--chdir", "/", "--", *spec.command]
+        for option, binds in (("--ro-bind", spec.binds), ("--bind", spec.writable)):
+            for inside, outside in binds.items():
+                mounts += [option, str(outside), inside]
+        return [
+            str(bwrap_path()),
+            *("--die-with-parent", "--new-session", "--chdir", "/"),
+            *("--unshare-user", "--uid", str(UID), "--gid", str(UID)),
+            *("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", spec.hostname),
+            *options,
+            *mounts,
+            "--",
+        ]
+
+    def _command(self, info: int, block: int) -> list[str]:
+        network = ("--unshare-net",) if self._spec.own_network else ()
+        options = ("--as-pid-1", "--info-fd", str(info), "--block-fd", str(block))
+        return [*self._sandbox(*network, *options), *self._spec.command]
 
     def run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        """Run a program beside the server, seeing what it sees."""
-        enter = ["nsenter", "--target", str(self.pid), "--user", "--mount", "--pid", "--net", "--uts", "--ipc"]
+        """Run a program that sees the files and the network that the server sees."""
+        join = ["nsenter", "--target", str(self.pid), "--net"] if self._spec.own_network else []
         return subprocess.run(
-            [*enter, "--preserve-credentials", "--", *command],
+            [*join, *self._sandbox(), *command],
             env=self._environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -2,7 +2,7 @@
 
 Nodes find each other through a list in their configuration and start side by side, so a cluster of three takes hardly longer
 than one node. They know each other by name (`rabbit-1`, ...), from a hosts file of their own, and listen on addresses of
-their own, always at the same ports; there is no epmd, since the port of each node is known.
+their own, always at the same ports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.servers.network import Network
 
 ADMIN = "admin"
-AMQP_PORT, AMQPS_PORT, MANAGEMENT_PORT, PROMETHEUS_PORT, PEER_PORT = 5672, 5671, 15672, 15692, 25672
+AMQP_PORT, AMQPS_PORT, MANAGEMENT_PORT, PROMETHEUS_PORT = 5672, 5671, 15672, 15692
 # How long a node is silent, in seconds, until the others take it for gone; RabbitMQ's own 60 would make each cut take a minute.
 NET_TICK_SECONDS = 5
 START_SECONDS = 60
@@ -35,6 +35,7 @@ SETTLE_SECONDS = 60
 DISK_FREE_LIMIT = "50MB"
 # Where a node sees its configuration, its data and its certificate.
 _CONFIG, _DATA, _CERTIFICATES = "/run/config", "/run/data", "/run/certificates"
+_CERTIFICATES_FOLDER = "certificates"
 # Both ends show a certificate for the name by which the other knows them.
 _PEER_TLS = (Path(__file__).parent / "peers.config").read_text(encoding="ascii")
 _PLUGINS = ("rabbitmq_management", "rabbitmq_prometheus")
@@ -65,6 +66,10 @@ class ClusterSetup:
         """Return the name by which the other nodes know one."""
         return f"rabbit-{number}"
 
+    def node_name(self, number: int) -> str:
+        """Return what RabbitMQ calls a node; before the host's name too it differs, for nodes that share a network."""
+        return f"rabbit{number}@{self.hostname(number)}"
+
 
 class Ask(Protocol):
     """Calls the management API of a node; `path` is what follows `/api/`."""
@@ -83,7 +88,7 @@ class RabbitNode:
         self._process: ServerProcess | None = None
         self.number = number
         self.hostname = setup.hostname(number)
-        self.name = f"rabbit@{self.hostname}"
+        self.name = setup.node_name(number)
         self.address = setup.network.client_address(number)
 
     @property
@@ -101,6 +106,11 @@ class RabbitNode:
         """Everything that the node wrote, of all its lives."""
         return (self._folder / "log").read_text(errors="replace")
 
+    @property
+    def certificates(self) -> Path:
+        """The folder of its certificate and authority (`Authority.issue_into`); a node reads them when it starts."""
+        return self._folder / _CERTIFICATES_FOLDER
+
     def alive(self) -> bool:
         """Tell whether it has a process."""
         return self._process is not None and self._process.alive()
@@ -113,7 +123,7 @@ class RabbitNode:
         network = self._setup.network
         binds = {_CONFIG: self._folder / "config", "/etc/hosts": self._folder / "config" / "hosts"}
         if self._tls:
-            binds[_CERTIFICATES] = self._folder / "certificates"
+            binds[_CERTIFICATES] = self.certificates
         spec = ServerSpec(
             command=["/usr/lib/rabbitmq/bin/rabbitmq-server"],
             root=self._setup.root,
@@ -150,7 +160,8 @@ class RabbitNode:
     def _environment(self) -> dict[str, str]:
         # Three nodes share few processors with what they serve: one scheduler each, which does not spin while it waits.
         light = "+S 1:1 +sbwt none +sbwtdcpu none +sbwtdio none +SDio 4 +A 4"
-        distribution = f"-start_epmd false -erl_epmd_port {PEER_PORT}"
+        own = self._setup.network.peer_address(self.number).replace(".", ",")
+        distribution = f"-kernel inet_dist_use_interface {{{own}}}"
         if self._tls:
             # Peers are dialled before the code path is complete.
             (ssl,) = self._setup.root.glob("usr/lib/erlang/lib/ssl-*/ebin")
@@ -162,15 +173,15 @@ class RabbitNode:
             # Leaves no shell between the server and the signals that it is sent.
             "RUNNING_UNDER_SYSTEMD": "true",
             "RABBITMQ_NODENAME": self.name,
-            "RABBITMQ_DIST_PORT": str(PEER_PORT),
+            "RABBITMQ_DIST_PORT": str(self._setup.network.peer_port(self.number)),
+            "ERL_EPMD_PORT": str(self._setup.network.names_port),
             "RABBITMQ_CONFIG_FILE": f"{_CONFIG}/rabbitmq.conf",
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{_CONFIG}/enabled_plugins",
             "RABBITMQ_MNESIA_BASE": f"{_DATA}/nodes",
             "RABBITMQ_LOG_BASE": f"{_DATA}/log",
             "RABBITMQ_LOGS": "-",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{light} {distribution} -kernel net_ticktime {NET_TICK_SECONDS}",
-            # The port is taken; what rabbitmqctl needs is to call, not to be called.
-            "RABBITMQ_CTL_ERL_ARGS": f"+S 1:1 +sbwt none {distribution} -dist_listen false",
+            "RABBITMQ_CTL_ERL_ARGS": f"+S 1:1 +sbwt none {distribution}",
         }
 
     def _write_configuration(self) -> None:
@@ -196,7 +207,6 @@ class RabbitNode:
             "management.tcp.port": MANAGEMENT_PORT,
             "prometheus.tcp.ip": self.address,
             "prometheus.tcp.port": PROMETHEUS_PORT,
-            "distribution.listener.interface": setup.network.peer_address(self.number),
             "loopback_users": "none",
             "default_user": ADMIN,
             "default_pass": setup.password,
@@ -210,8 +220,7 @@ class RabbitNode:
             "log.console.level": "info",
         }
         settings |= {
-            f"cluster_formation.classic_config.nodes.{number}": f"rabbit@{setup.hostname(number)}"
-            for number in setup.numbers
+            f"cluster_formation.classic_config.nodes.{number}": setup.node_name(number) for number in setup.numbers
         }
         if self._tls:
             settings |= {
@@ -251,7 +260,15 @@ class RabbitNode:
 class RabbitCluster:
     """A cluster for as long as its `with` block lasts. All that it keeps is in its folder."""
 
-    def __init__(self, folder: Path, *, nodes: int = 3, tls: Authority | None = None, root: str = "servers") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        nodes: int = 3,
+        tls: Authority | None = None,
+        root: str = "servers",
+        network: Network | None = None,
+    ) -> None:
         """Describe a cluster; the block's beginning starts it.
 
         Args:
@@ -259,13 +276,15 @@ class RabbitCluster:
             nodes: how many.
             tls: signs the certificates with which nodes talk to each other and to clients (on port 5671, beside 5672).
             root: which of `scripts/server-root`'s root file systems to run.
+            network: where the nodes live, closed with the cluster; unset: the best that this machine has.
         """
         self._folder = folder
         self._numbers = range(1, nodes + 1)
         self._root = root
         self._tls = tls
         self._alarms: dict[Alarm, RabbitNode] = {}
-        self._network: Network | None = None
+        self._network = network
+        self._names: ServerProcess | None = None
         self._http = httpx.Client(timeout=10)
         self.password = secrets.token_hex(8)
         self.nodes: list[RabbitNode] = []
@@ -285,7 +304,7 @@ class RabbitCluster:
 
     def start(self) -> None:
         """Start every node and wait until they are one cluster."""
-        self._network = make_network()
+        self._network = self._network or make_network()
         setup = ClusterSetup(
             root=server_root(self._root),
             network=self._network,
@@ -298,16 +317,33 @@ class RabbitCluster:
             folder.mkdir(parents=True)
             if self._tls is not None:
                 identities = setup.hostname(number), setup.network.client_address(number), "localhost"
-                self._tls.issue_into(folder / "certificates", *identities)
+                self._tls.issue_into(folder / _CERTIFICATES_FOLDER, *identities)
             self.nodes.append(RabbitNode(setup, number, folder, tls=self._tls is not None, ask=self._ask))
+        if not self.can_be_cut:
+            self._names = self._start_name_server(setup)
         for node in self.nodes:
             node.launch()
         self.await_healthy()
+
+    def _start_name_server(self, setup: ClusterSetup) -> ServerProcess:
+        """Start the one epmd of nodes that share a network; it would otherwise be, and end with, the first node's."""
+        addresses = ",".join(setup.network.peer_address(number) for number in self._numbers)
+        port = str(setup.network.names_port)
+        return ServerProcess(
+            ServerSpec(
+                command=["/usr/bin/epmd", "-address", addresses, "-port", port],
+                root=setup.root,
+                log=self._folder / "epmd.log",
+                hostname="epmd",
+            )
+        )
 
     def close(self) -> None:
         """End every node at once and leave nothing behind but the folder."""
         for node in self.nodes:
             node.kill()
+        if self._names is not None:
+            self._names.kill()
         if self._network is not None:
             self._network.close()
         self._http.close()
