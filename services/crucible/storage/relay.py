@@ -42,7 +42,7 @@ _POLL_S = 1.0
 # A Redis that is well takes a batch within it. The bus waits no longer; the answer is collected when it comes.
 _PATIENCE_S = 0.1
 # How often an idle stream is looked at: whether it still holds what it was given, and how far its readers are.
-_LOOK_S = 5.0
+_LOOK_S = 2.0
 _LOCK = "hashtextextended('crucible.relay', 0)"
 _JOINED = "FROM outbox AS o JOIN events AS e ON e.evaluation_id = o.evaluation_id AND e.seq = o.seq"
 _WAITING = f"SELECT o.event_id, o.told, e.* {_JOINED} ORDER BY o.event_id LIMIT $1"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from crucible import logs
 from crucible.events import InProcessBus
 from crucible.health import Heartbeat
-from crucible.streams.connection import connect, stream_errors
+from crucible.streams.connection import answer, connect, stream_errors
 from crucible.streams.contract import HINTS, STREAM, MalformedEntryError, channel, decode
 from crucible.streams.errors import StreamError
 from crucible.streams.outage import Outage
@@ -41,7 +41,7 @@ class StreamBus:
     """An `EventFeed` from Redis. Use `start` before serving and `aclose` at the end."""
 
     def __init__(self, redis_url: SecretStr | str, settings: BrokerSettings) -> None:
-        self._redis = connect(redis_url, settings, block_seconds=_BLOCK_S)
+        self._redis = connect(redis_url, settings)
         self._local = InProcessBus()
         self._outage = Outage("bus")
         self._task: asyncio.Task[None] | None = None
@@ -106,7 +106,10 @@ class StreamBus:
             self._local.lag()
             while True:
                 self.heartbeat.beat()
-                found = await self._redis.xread({STREAM: self._place}, count=_BATCH, block=int(_BLOCK_S * 1000))
+                found = await answer(
+                    self._redis.xread({STREAM: self._place}, count=_BATCH, block=int(_BLOCK_S * 1000)),
+                    block_seconds=_BLOCK_S,
+                )
                 self._outage.ended()
                 entries = found[0][1] if found else []
                 if len(entries) in (0, _BATCH) and await self._check_place():
@@ -120,9 +123,9 @@ class StreamBus:
 
         The place is gone where more was trimmed than was read, and where Redis lost its data; then ids may even begin anew.
         """
-        if self._anchored and await self._redis.xrange(STREAM, self._place, self._place, count=1):
+        if self._anchored and await answer(self._redis.xrange(STREAM, self._place, self._place, count=1)):
             return False
-        end = await self._redis.xrevrange(STREAM, count=1)
+        end = await answer(self._redis.xrevrange(STREAM, count=1))
         was, self._place = (self._place, self._anchored), end[0][0] if end else _BEGINNING
         self._anchored = bool(end)
         if was == (self._place, self._anchored):
@@ -145,7 +148,7 @@ class StreamBus:
     async def _hear_hints(self) -> None:
         with stream_errors():
             async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-                await pubsub.subscribe(*(channel(kind) for kind in sorted(HINTS)))
+                await answer(pubsub.subscribe(*(channel(kind) for kind in sorted(HINTS))))
                 # Redis closing the connection ends it; Redis falling silent is what the reader of the stream notices.
                 async for message in pubsub.listen():
                     self._pass_on({"event": message["data"]})

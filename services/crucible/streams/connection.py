@@ -5,9 +5,10 @@ Nothing is tried again here: who asks knows best what to do meanwhile, and keeps
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pydantic import SecretStr
 from redis import exceptions
@@ -19,12 +20,13 @@ from crucible.settings import SettingsError
 from crucible.streams.errors import StreamError, StreamFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Iterator
 
     from crucible.settings import BrokerSettings
 
 # The library's own types are unions over every shape of answer that it can give, of which ours is one.
 Client: TypeAlias = Any
+T = TypeVar("T")
 
 # One exchange with a Redis that is well takes about a millisecond.
 ANSWER_SECONDS = 2.0
@@ -32,13 +34,12 @@ ANSWER_SECONDS = 2.0
 _CREDENTIALS = ("NOAUTH", "WRONGPASS", "invalid username-password", "invalid password", "without any password")
 
 
-def connect(url: SecretStr | str, settings: BrokerSettings, *, block_seconds: float = 0.0) -> Client:
-    """Return a client that connects when first used.
+def connect(url: SecretStr | str, settings: BrokerSettings) -> Client:
+    """Return a client that connects when first used. Every command to it goes through `answer`, or another limit in time.
 
     Args:
         url: redis://, rediss:// or unix://.
         settings: the certificates to trust and to present, and how long connecting may take.
-        block_seconds: longest that any of its commands blocks on purpose.
 
     Raises:
         SettingsError: not such a URL.
@@ -48,7 +49,8 @@ def connect(url: SecretStr | str, settings: BrokerSettings, *, block_seconds: fl
         "decode_responses": True,
         # The same shape of answers from every version of the client that we allow.
         "protocol": 2,
-        "socket_timeout": ANSWER_SECONDS + block_seconds,
+        # With a limit of its own the client waits by `asyncio.wait_for`, which before Python 3.12 may swallow a cancellation.
+        "socket_timeout": None,
         "socket_connect_timeout": settings.connect_timeout_seconds,
         "retry": Retry(NoBackoff(), 0),
         "client_name": "crucible",
@@ -70,6 +72,16 @@ def connect(url: SecretStr | str, settings: BrokerSettings, *, block_seconds: fl
     except ValueError as error:
         # Its text quotes no part of the URL but the port.
         raise SettingsError(f"CRUCIBLE_REDIS_URL: {error}") from None
+
+
+async def answer(command: Awaitable[T], *, block_seconds: float = 0.0) -> T:
+    """Return the answer to one command, which may block on purpose for `block_seconds`.
+
+    Raises:
+        TimeoutError: none came in time; the connection is closed then.
+    """
+    async with asyncio.timeout(ANSWER_SECONDS + block_seconds):
+        return await command
 
 
 def _is_tls(error: BaseException | None) -> bool:

@@ -17,7 +17,7 @@ from redis import exceptions
 
 from crucible import logs, metrics
 from crucible.events import Lagged
-from crucible.streams.connection import ANSWER_SECONDS, connect, stream_errors
+from crucible.streams.connection import ANSWER_SECONDS, answer, connect, stream_errors
 from crucible.streams.contract import DEAD_LENGTH, DEAD_STREAM, STREAM, MalformedEntryError, decode
 from crucible.streams.errors import StreamError
 from crucible.streams.outage import Outage
@@ -89,7 +89,7 @@ class EventConsumer:
         name: str,
         max_deliveries: int = _DELIVERIES_MAX,
     ) -> None:
-        self._redis = connect(redis_url, broker, block_seconds=_BLOCK_S)
+        self._redis = connect(redis_url, broker)
         self._idle_s = settings.claim_idle_seconds
         self._group, self._name = group, name
         self._max_deliveries = max_deliveries
@@ -142,7 +142,7 @@ class EventConsumer:
 
     async def _join(self, handle: Handler) -> None:
         try:
-            await self._redis.xgroup_create(STREAM, self._group, id=_BEGINNING, mkstream=True)
+            await answer(self._redis.xgroup_create(STREAM, self._group, id=_BEGINNING, mkstream=True))
         except exceptions.ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise
@@ -157,8 +157,10 @@ class EventConsumer:
                 return
         if await self._was_overtaken():
             await self._tell(handle, Lagged())
-        found = await self._redis.xreadgroup(
-            self._group, self._name, {STREAM: ">"}, count=self._batch, block=int(min(_BLOCK_S, self._idle_s / 2) * 1000)
+        block = min(_BLOCK_S, self._idle_s / 2)
+        found = await answer(
+            self._redis.xreadgroup(self._group, self._name, {STREAM: ">"}, count=self._batch, block=int(block * 1000)),
+            block_seconds=block,
         )
         await self._work_off([(entry_id, fields, 1) for entry_id, fields in (found[0][1] if found else [])], handle)
 
@@ -167,7 +169,7 @@ class EventConsumer:
         async with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.xinfo_groups(STREAM)
             pipeline.xinfo_stream(STREAM)
-            groups, stream = await pipeline.execute()
+            groups, stream = await answer(pipeline.execute())
         read = next((group["entries-read"] for group in groups if group["name"] == self._group), None)
         return read is not None and bool(read < stream["entries-added"] - stream["length"])
 
@@ -175,8 +177,10 @@ class EventConsumer:
         """Take over what was given to a consumer, perhaps this one, and was not acknowledged for long."""
         start = _BEGINNING
         while True:
-            start, entries, *gone = await self._redis.xautoclaim(
-                STREAM, self._group, self._name, int(self._idle_s * 1000), start, count=self._batch
+            start, entries, *gone = await answer(
+                self._redis.xautoclaim(
+                    STREAM, self._group, self._name, int(self._idle_s * 1000), start, count=self._batch
+                )
             )
             if gone and gone[0]:
                 # Trimmed before it was handled.
@@ -184,8 +188,10 @@ class EventConsumer:
             if entries:
                 self._redelivered.inc(len(entries))
                 ids = [entry_id for entry_id, _ in entries]
-                pending = await self._redis.xpending_range(
-                    STREAM, self._group, ids[0], ids[-1], count=10 * _BATCH, consumername=self._name
+                pending = await answer(
+                    self._redis.xpending_range(
+                        STREAM, self._group, ids[0], ids[-1], count=10 * _BATCH, consumername=self._name
+                    )
                 )
                 deliveries = {entry["message_id"]: entry["times_delivered"] for entry in pending}
                 await self._work_off([(each, fields, deliveries.get(each, 1)) for each, fields in entries], handle)
@@ -204,7 +210,7 @@ class EventConsumer:
             if time.monotonic() > kept_until:
                 # What waits here behind slow ones must not look abandoned.
                 rest = [each for each, _, _ in entries[place:]]
-                await self._redis.xclaim(STREAM, self._group, self._name, 0, rest, justid=True)
+                await answer(self._redis.xclaim(STREAM, self._group, self._name, 0, rest, justid=True))
                 kept_until = time.monotonic() + self._idle_s / 4
             await self._deal_with(entry_id, fields, deliveries, handle)
 
@@ -237,7 +243,7 @@ class EventConsumer:
                 self._out_of_order.inc()
             self._handled.add(event)
             self._left -= 1
-        await self._redis.xack(STREAM, self._group, entry_id)
+        await answer(self._redis.xack(STREAM, self._group, entry_id))
 
     async def _attempt(self, handle: Handler, item: Event | Lagged) -> str | None:
         """Return what went wrong, if anything. Longer than until another consumer takes over, handling may not take."""
@@ -270,6 +276,6 @@ class EventConsumer:
         async with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.xadd(DEAD_STREAM, dead, maxlen=DEAD_LENGTH, approximate=True)
             pipeline.xack(STREAM, self._group, entry_id)
-            await pipeline.execute()
+            await answer(pipeline.execute())
         self._dead.inc()
         log.error("an event was given up", group=self._group, entry_id=entry_id, deliveries=deliveries, error=error)
