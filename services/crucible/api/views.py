@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from crucible.contracts import ApiKey, DeadLetter, EvaluationRecord, Fit, NodeCapacity, OutputInfo, Role
+from crucible.contracts import ApiKey, BrokerAction, DeadLetter, EvaluationRecord, Fit, NodeCapacity, OutputInfo, Role
 from crucible.evaluation import EvaluationId, EvaluationRequest, Reason, Resources, State
 from crucible.events import Event
 from crucible.limits import Limits, SizeClass
@@ -448,6 +448,15 @@ class CleanupBody(Body):
     )
     limit: int = Field(1000, ge=1, le=10_000, strict=True, description="Most evaluations to delete in this call")
     dry_run: bool = Field(False, strict=True, description="Only say what would be deleted")
+
+
+class BrokerMoveBody(Body):
+    """A step from one broker to the other."""
+
+    action: BrokerAction = Field(description="`start`, `drain`, `finish` or `rollback`")
+    share: int | None = Field(
+        None, ge=1, le=100, strict=True, description="With `start`: percent of the work for the new broker"
+    )
 
 
 class MigrateBody(Body):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Group
 
+from crucible.cli.broker_migrate import migrate
 from crucible.cli.exit_codes import ExitCode
 from crucible.cli.session import Session, offline_command
 from crucible.cli.text import plain
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from crucible.settings import Settings
 
 broker = typer.Typer(help="The message broker (operators).", no_args_is_help=True)
+broker.add_typer(migrate, name="migrate")
 
 VHost = Annotated[
     str | None,

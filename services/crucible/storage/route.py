@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from crucible import logs
 from crucible.broker.errors import BrokerError
 from crucible.contracts import BrokerAction, BrokerPhase, BrokerReport, BrokerSide
+from crucible.evaluation import Violation
 from crucible.limits import SizeClass
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
@@ -65,7 +66,7 @@ def broker_name(url: BrokerUrl) -> str:
 
 
 def _refused(why: str, hint: str) -> ProblemError:
-    return ProblemError("conflict", f"{why}; {hint}", hint=hint)
+    return ProblemError("conflict", f"{why}; {hint}")
 
 
 class Route:
@@ -156,7 +157,8 @@ class Route:
 
     async def _start(self, wanted: BrokerMove) -> list[str]:
         if wanted.share is None:
-            raise _refused("no share was named", "name the percentage of work for the new broker, 1 to 100")
+            missing = Violation(field="share", message="is needed to start", accepted="1 to 100, percent of the work")
+            raise ProblemError("invalid-request", "no share of the work was named", violations=[missing])
         async with self._database.transaction() as connection:
             phase = await self._phase(connection)
             if phase not in (BrokerPhase.LEGACY, BrokerPhase.SHARING):

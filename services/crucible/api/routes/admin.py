@@ -17,6 +17,8 @@ from crucible.api.schema import GUARDED, READS_BODY, body, errors, ok
 from crucible.api.submit import new_id, view
 from crucible.auth import make_key
 from crucible.contracts import (
+    BrokerMove,
+    BrokerReport,
     CleanupRequest,
     CleanupResult,
     MigrateRequest,
@@ -230,3 +232,38 @@ async def migrate_storage(request: Request, who: Admin) -> Response:
     wanted = await read_model(request, views.MigrateBody, api.limits.body_bytes)
     audit(who, "migrate-storage", target=wanted.target, limit=wanted.limit)
     return answer(await api.storage.migrate(MigrateRequest(**wanted.model_dump())))
+
+
+# --- broker -----------------------------------------------------------------------------------------------------------------
+
+
+@router.get(
+    "/v1/broker",
+    tags=["broker"],
+    summary="Report where the brokers stand",
+    responses={200: ok(BrokerReport, "Each broker, and the move between two of them"), **errors(*_ADMIN_ERRORS)},
+)
+async def get_broker(request: Request, who: Admin) -> Response:  # noqa: ARG001
+    """Report what each broker holds, and how far the move from one to another has come. Asking takes up to 5 s for one that is down."""
+    return answer(await api_of(request).storage.broker())
+
+
+@router.post(
+    "/v1/broker/migration",
+    tags=["broker"],
+    summary="Take a step from one broker to another",
+    openapi_extra=body(views.BrokerMoveBody, {"a tenth of the work": {"action": "start", "share": 10}}),
+    responses={
+        200: ok(BrokerReport, "Where the brokers stand now"),
+        **errors(*_ADMIN_ERRORS, *READS_BODY, "conflict"),
+    },
+)
+async def move_broker(request: Request, who: Admin) -> Response:
+    """Send a share of the work to the new broker (`start`), all of it (`drain`), leave the old one (`finish`), or go back (`rollback`).
+
+    Each step takes effect at once, may be repeated, and can be undone by `rollback`; the order is start, drain, finish.
+    """
+    api = api_of(request)
+    wanted = await read_model(request, views.BrokerMoveBody, api.limits.body_bytes)
+    audit(who, "move-broker", action_taken=str(wanted.action), share=wanted.share)
+    return answer(await api.storage.move_broker(BrokerMove(action=wanted.action, share=wanted.share, actor=who.owner)))
