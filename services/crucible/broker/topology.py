@@ -151,7 +151,9 @@ def _milliseconds(seconds: float) -> int:
 
 # Each service logs in as a user of its own, which may do what the service does and nothing else.
 USERS = (
-    User("crucible-storage", write=_exactly(EXCHANGE), read=_exactly(DEAD_QUEUE)),
+    # To ask how many messages a queue holds takes one permission on it, whichever; writing to a queue itself allows nothing
+    # more, since messages enter through exchanges.
+    User("crucible-storage", write=_exactly(EXCHANGE, *map(queue_name, SizeClass)), read=_exactly(DEAD_QUEUE)),
     User("crucible-worker", read=_exactly(*map(queue_name, SizeClass))),
     User("crucible-monitor", tags=("monitoring",)),
 )

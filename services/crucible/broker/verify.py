@@ -61,9 +61,9 @@ class Difference:
 
     def __str__(self) -> str:
         if self.found == MISSING:
-            return f"{self.where}: is missing; {self.remedy}"
+            return f"{self.where}: {self.what} is missing; {self.remedy}"
         if (self.wanted, self.found) == (NONE, THERE):
-            return f"{self.where}: is there and not wanted; {self.remedy}"
+            return f"{self.where}: {self.what} is there and not wanted; {self.remedy}"
         return f"{self.where}: {self.what} is {_shown(self.found)}, wanted {_shown(self.wanted)}; {self.remedy}"
 
 
@@ -149,8 +149,12 @@ def _cluster(observed: Observed) -> Iterator[Difference]:
         if not node.get("running"):
             yield Difference(where, "state", "running", "down", "start it, or `rabbitmqctl forget_cluster_node` it")
             continue
+        if "enabled_plugins" not in node:
+            remedy = "ask again if it has just started; else there: `rabbitmq-plugins enable rabbitmq_management`"
+            yield Difference(where, "statistics", THERE, MISSING, remedy)
+            continue
         for plugin in PLUGINS:
-            if plugin not in node.get("enabled_plugins", ()):
+            if plugin not in node["enabled_plugins"]:
                 yield Difference(where, f"plugin {plugin}", "on", "off", f"there: `rabbitmq-plugins enable {plugin}`")
         for alarm, resource in (("mem_alarm", "memory"), ("disk_free_alarm", "disk")):
             if node.get(alarm):
