@@ -30,6 +30,7 @@ _BODIES: tuple[type[BaseModel], ...] = (
     views.ReplayBody,
     views.CleanupBody,
     views.MigrateBody,
+    views.BrokerMoveBody,
 )
 # One event, as OpenAPI 3.2 describes them (section 4.14.4); FastAPI writes it the same way into its 3.1 documents.
 _STREAM = {

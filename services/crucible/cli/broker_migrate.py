@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,13 +52,14 @@ def drain(
     wait: Annotated[bool, typer.Option("--wait", help="Return only once the legacy broker holds nothing.")] = False,
 ) -> None:
     """Send all work to the new broker, what waits in the legacy one too."""
-    found = session.client().call("POST", "/v1/broker/migration", body={"action": "drain"})
+    client = session.client()
+    found: Document = client.call("POST", "/v1/broker/migration", body={"action": "drain"})
     while wait and not found["drained"]:
         if found["phase"] != "draining":
             break
         session.note(found["next"])
-        Event().wait(_LOOK_EVERY_S)
-        found = session.client().get("/v1/broker")
+        client.pause(_LOOK_EVERY_S)
+        found = client.get("/v1/broker")
     session.emit(found, lambda: _view(found))
 
 

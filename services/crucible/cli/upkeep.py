@@ -232,7 +232,9 @@ def _cleaned_view(done: Document) -> RenderableType:
 # --- dead letters ---------------------------------------------------------------------------------------------------------------
 
 dead_letters = typer.Typer(help="Evaluations that the platform itself could not run (admins).", no_args_is_help=True)
-LetterIds = Annotated[list[int], typer.Argument(metavar="ID...", help="Dead letters, by the number that list shows.")]
+_LETTERS_PER_PAGE = 200
+_LETTERS = typer.Argument(metavar="ID...", help="Dead letters, by the number that list shows.")
+LetterIds = Annotated[list[int], _LETTERS]
 
 
 @dead_letters.command("list")
@@ -265,12 +267,33 @@ def _letters_view(found: Document) -> RenderableType:
 
 @dead_letters.command("replay")
 @command
-def replay(session: Session, letter_ids: LetterIds) -> None:
-    """Queue dead letters again, each under a new id."""
+def replay(
+    session: Session,
+    letter_ids: Annotated[list[int] | None, _LETTERS] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="All that have not been replayed yet.")] = False,
+) -> None:
+    """Queue dead letters again, whole, each under a new id."""
+    if every == bool(letter_ids):
+        raise typer.BadParameter("name dead letters, or say --all", param_hint="ID...")
     client = session.client()
     _each(
-        session, letter_ids, lambda letter: client.call("POST", f"/v1/dead-letters/{letter}/replay"), "queued again as"
+        session,
+        letter_ids or _not_replayed(client),
+        lambda letter: client.call("POST", f"/v1/dead-letters/{letter}/replay"),
+        "queued again as",
     )
+
+
+def _not_replayed(client: Client) -> list[int]:
+    """Return the ids of all dead letters that wait for someone, oldest first."""
+    found: list[int] = []
+    path: str | None = f"/v1/dead-letters?limit={_LETTERS_PER_PAGE}"
+    while path:
+        page = client.get(path)
+        found += [letter["id"] for letter in page["items"] if not letter.get("replayed_as")]
+        path = page.get("next")
+    return found[::-1]
 
 
 @dead_letters.command("delete")
