@@ -31,6 +31,7 @@ _TAGS = [
     {"name": "capacity", "description": "What is free, what waits, what would fit, how it went"},
     {"name": "dead letters", "description": "What the platform could not run (admin)"},
     {"name": "keys", "description": "Who may call (admin)"},
+    {"name": "broker", "description": "What carries work to the workers, and the move from one to another (admin)"},
     {"name": "storage", "description": "Where the bytes are (admin)"},
     {"name": "about", "description": "Limits, the caller, problems explained"},
     {"name": "health", "description": "This server's own health"},
