@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -31,9 +31,10 @@ from crucible.limits import PRIORITY_MAX, PRIORITY_MIN, Limits, SizeClass
 from crucible.problems import KINDS, ProblemDetails, invalid_request
 from crucible.quantity import format_memory
 from crucible.settings import Settings, env_name
+from crucible.streams.contract import DEAD_ENTRY, DEAD_STREAM, ENTRY, HINTS, STREAM, channel, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from pydantic.fields import FieldInfo
 
@@ -278,6 +279,7 @@ def event_schema(kind: EventType) -> dict[str, Any]:
     model = create_model(f"{kind.capitalize()}Event", __base__=Event, **fields)
     schema = model.model_json_schema()
     schema["properties"]["data"].pop("default", None)
+    schema["examples"] = [json.loads(encode(example(kind)))]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"{kind}.json"} | schema
 
 
@@ -339,6 +341,99 @@ def event_data() -> str:
     return _table(("member of `data`", "of", "meaning"), rows)
 
 
+_WORKER = "host-1f2e3d4c5b6a"
+_ID = "ev-01kb3v8q6m0c3r5x7z9b1d3f5h"
+_ACCEPTED = datetime(2026, 11, 24, 9, 30, 0, 120_000, tzinfo=UTC)
+_RAN = {"exit_code": 0, "run_seconds": 0.014}
+# Of each type: its place in a life, when that was, who caused it, and what it says.
+_EXAMPLES: dict[EventType, dict[str, Any]] = {
+    EventType.SUBMITTED: {"seq": 1, "actor": "ann", "data": {"priority": 5, "size_class": "small"}},
+    EventType.QUEUED: {"seq": 2, "data": {"priority": 5, "size_class": "small"}},
+    EventType.PROVISIONING: {"seq": 3, "after": 0.011, "actor": _WORKER, "attempt": 1, "data": {"worker": _WORKER}},
+    EventType.RUNNING: {
+        "seq": 4,
+        "after": 0.04,
+        "actor": f"dispatcher/{_WORKER}",
+        "attempt": 1,
+        "data": {"sandbox": f"{_ID}-1"},
+    },
+    EventType.OUTPUT: {
+        "seq": 4,
+        "after": 0.05,
+        "state": State.RUNNING,
+        "attempt": 1,
+        "data": {"stdout_bytes": 42, "stderr_bytes": 0, "frames": 2},
+    },
+    EventType.COMPLETED: {
+        "seq": 5,
+        "after": 0.06,
+        "actor": f"dispatcher/{_WORKER}",
+        "attempt": 1,
+        "reason": Reason.EXIT_ZERO,
+        "detail": "ran to its end",
+        "data": _RAN,
+    },
+    EventType.FAILED: {
+        "seq": 5,
+        "after": 0.06,
+        "actor": f"dispatcher/{_WORKER}",
+        "attempt": 1,
+        "reason": Reason.EXCEPTION,
+        "detail": "uncaught ZeroDivisionError",
+        "data": {"exit_code": 1, "exception_type": "ZeroDivisionError", "run_seconds": 0.014},
+    },
+    EventType.TIMEOUT: {
+        "seq": 5,
+        "after": 30.05,
+        "actor": f"dispatcher/{_WORKER}",
+        "attempt": 1,
+        "reason": Reason.WALL_CLOCK,
+        "detail": "still ran at its time limit of 30 s",
+        "data": {"signal": 9, "run_seconds": 30.0},
+    },
+    EventType.CANCELLED: {"seq": 3, "after": 2.5, "actor": "ann", "reason": Reason.CANCELLED_BY_USER, "data": {}},
+    EventType.COLLECTED: {"seq": 6, "after": 0.5, "state": State.COMPLETED, "attempt": 1, "reason": Reason.EXIT_ZERO},
+}
+
+
+def example(kind: EventType) -> Event:
+    """Return an event of a type as it could be."""
+    told = dict(_EXAMPLES[kind])
+    moment = _ACCEPTED + timedelta(seconds=told.pop("after", 0.0))
+    defaults = {"actor": "storage", "state": _STATES.get(kind)}
+    return Event(type=kind, evaluation_id=_ID, at=moment, owner="ann", **(defaults | told))
+
+
+def event_examples() -> str:
+    """Return an example of each type."""
+    return "\n\n".join(
+        f"`{kind}`:\n\n```json\n{json.dumps(json.loads(encode(example(kind))), indent=2)}\n```" for kind in EventType
+    )
+
+
+def event_channels() -> str:
+    """Return the table of where each type travels on Redis."""
+    rows = (
+        (_code(kind), "no" if kind in HINTS else "yes", _code(channel(kind)), f"[schema](schemas/events/{kind}.json)")
+        for kind in EventType
+    )
+    return _table(("type", f"on the stream {_code(STREAM)}", "channel", "payload"), rows)
+
+
+def _entry_fields(fields: Mapping[str, str], stream: str) -> str:
+    return _table((f"field of an entry of {_code(stream)}", "meaning"), ((_code(k), v) for k, v in fields.items()))
+
+
+def event_entries() -> str:
+    """Return the fields of the stream's entries."""
+    return _entry_fields(ENTRY, STREAM)
+
+
+def dead_event_entries() -> str:
+    """Return the fields of the entries of the stream of dead events."""
+    return _entry_fields(DEAD_ENTRY, DEAD_STREAM)
+
+
 # --- the life of an evaluation --------------------------------------------------------------------------------------------
 
 
@@ -378,7 +473,15 @@ def reasons() -> str:
 _PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration, "errors.md": errors}
 _SCHEMAS = "schemas/events"
 _INSERTED: dict[str, dict[str, Callable[[], str]]] = {
-    "events.md": {"event-types": event_types, "event-members": event_members, "event-data": event_data},
+    "events.md": {
+        "event-types": event_types,
+        "event-members": event_members,
+        "event-data": event_data,
+        "event-examples": event_examples,
+        "event-channels": event_channels,
+        "event-entries": event_entries,
+        "dead-event-entries": dead_event_entries,
+    },
     "lifecycle.md": {"state-diagram": state_diagram, "transitions": transitions, "reasons": reasons},
 }
 

@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
+from crucible import contracts as c
+from crucible.evaluation import Reason
 from crucible.events import DATA, Event, EventType, InProcessBus, Lagged
+from crucible.frames import Frame, Kind
 from tests.support.capabilities import needs
+from tests.support.events import all_entries, event_log, listening, redis_client
 from tests.support.folders import scratch_dir
 from tests.support.platform import Client, running_platform
+from tests.support.storage import WORKER, running_storage
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
+
+    from tests.servers.redis import RedisServer
 
 pytestmark = pytest.mark.integration
 
@@ -124,3 +131,45 @@ async def test_an_evaluation_that_never_ran_has_events_that_keep_to_their_schema
                 for event in events:
                     hold_to_contract(event)
             await client.http.post(f"/v1/evaluations/{blocker['id']}/cancel")
+
+
+@needs("postgres", "redis")
+async def test_what_is_on_the_stream_and_on_every_channel_keeps_to_the_schemas(redis_server: RedisServer) -> None:
+    async with redis_client(redis_server.url) as client:
+        await client.flushall()
+        async with (
+            event_log(redis_server) as log,
+            running_storage(event_log=log) as bench,
+            listening(redis_server.url) as channels,
+        ):
+            for reason in (Reason.EXIT_ZERO, Reason.EXCEPTION, Reason.SIGNAL, Reason.WALL_CLOCK, Reason.OOM_KILLED):
+                record = await bench.submit()
+                await bench.start(record.id, (await bench.claim_one()).attempt)
+                await bench.finish(record.id, reason, exception_type="ValueError", signal=9, run_seconds=1.5)
+            cancelled = await bench.submit()
+            await bench.client.cancel(cancelled.id, c.CancelRequest(actor="ada", reason=Reason.CANCELLED_BY_USER))
+            released = await bench.submit()
+            claim = await bench.claim_one()
+            await bench.client.release(released.id, c.Release(worker=WORKER, attempt=claim.attempt, detail="drain"))
+            writes = await bench.claim_one()
+            await bench.start(released.id, writes.attempt)
+            printed = Frame(Kind.STDOUT, 1, b"hello")
+            await bench.client.append_output(released.id, [printed], attempt=writes.attempt, batch=0)
+            streamed = [json.loads(fields["event"]) for fields in await all_entries(client, bench)]
+            # No part of the platform says it yet; a cleaner in a cluster will, through the same hands.
+            collected = (await bench.events(released.id))[-1].model_copy(
+                update={"type": EventType.COLLECTED, "data": {}}
+            )
+            await log.append([collected])
+            await wait_until_async(
+                lambda: {name for name, _ in channels.said} == {f"evaluation:{kind}" for kind in EventType},
+                timeout=5,
+                describe="every channel to have said something",
+            )
+    for event in streamed:
+        hold_to_contract(event)
+    assert {event["type"] for event in streamed} == set(EventType) - {EventType.OUTPUT, EventType.COLLECTED}
+    for name, event in channels.said:
+        hold_to_contract(event)
+        assert name == f"evaluation:{event['type']}"
+    assert [event for _, event in channels.said if event["type"] not in ("output", "collected")] == streamed

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +27,7 @@ from crucible.settings import BrokerSettings, EventSettings, Settings, SettingsE
 from crucible.streams.bus import StreamBus
 from crucible.streams.composition import make_bus, make_event_log
 from crucible.streams.connection import connect
+from crucible.streams.consumer import EventConsumer
 from crucible.streams.contract import DEAD_ENTRY, DEAD_STREAM, ENTRY, STREAM
 from crucible.streams.errors import StreamError, StreamFailure
 from crucible.streams.log import EventLog
@@ -39,7 +42,6 @@ from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from fastapi import FastAPI
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.integration, needs("postgres", "redis")]
 
 STEPS = 5
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def sample(name: str, **labels: str) -> float:
@@ -563,6 +566,48 @@ async def test_events_travel_over_tls_and_each_mistake_on_the_way_has_its_name()
             assert await failure(f"rediss://:wrong@127.0.0.1:{port}", trusted) is StreamFailure.CREDENTIALS
             assert await failure(f"rediss://127.0.0.1:{port}", trusted) is StreamFailure.CREDENTIALS
         assert await failure(server.url, trusted) is StreamFailure.UNREACHABLE
+
+
+async def test_users_with_no_more_than_the_documentation_gives_them_can_do_their_part(
+    redis_server: RedisServer, redis: Client
+) -> None:
+    lines = re.findall(r"^ACL (SETUSER .*)$", (DOCS / "events.md").read_text(), re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        await redis.execute_command("ACL", *line.replace("PASSWORD", "secret").split())
+
+    def url(user: str) -> str:
+        return f"redis://{user}:secret@127.0.0.1:{redis_server.port}"
+
+    bus = StreamBus(url("api"), BrokerSettings())
+    log = EventLog(url("storage"), EventSettings(), BrokerSettings())
+    consumer = EventConsumer(
+        url("consumer"), EventSettings(claim_idle_seconds=0.2), BrokerSettings(), group="g", name="n", max_deliveries=1
+    )
+    handled: list[Event] = []
+
+    async def take(item: Event | Lagged) -> None:
+        if isinstance(item, Event):
+            if not handled:
+                handled.append(item)
+                raise ValueError("the first is given up, which needs rights of its own")
+            handled.append(item)
+
+    try:
+        async with running_storage(event_log=log) as bench:
+            await bus.start()
+            with bus.subscribe(lambda event: event.state.terminal) as queue:
+                await asyncio.wait_for(queue.get(), 5)
+                await bench.run_one()
+                assert isinstance(await asyncio.wait_for(queue.get(), 5), Event)
+            await asyncio.wait_for(consumer.run(take, limit=STEPS - 1), 5)
+            assert sample("event_stream_up", part="bus") == sample("event_stream_up", part="relay") == 1
+    finally:
+        await consumer.aclose()
+        await bus.aclose()
+        await log.aclose()
+    assert len(handled) == STEPS
+    assert await redis.xinfo_consumers(STREAM, "g") == []
 
 
 def test_settings_decide_what_there_is() -> None:

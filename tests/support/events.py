@@ -52,13 +52,19 @@ async def streamed(client: Client) -> list[Event]:
     return [Event.model_validate_json(fields["event"]) for fields in await entries(client)]
 
 
-async def all_streamed(client: Client, bench: Bench) -> list[Event]:
-    """Wait until the relay has nothing left to do, and return what the stream holds."""
+async def all_entries(client: Client, bench: Bench) -> list[dict[str, str]]:
+    """Wait until the relay has nothing left to do, and return the fields of what the stream holds."""
 
     async def empty() -> bool:
         return not await bench.sql("SELECT FROM outbox LIMIT 1")
 
     _: bool = await wait_until_async(empty, timeout=15, describe="the outbox to be empty")
+    return await entries(client)
+
+
+async def all_streamed(client: Client, bench: Bench) -> list[Event]:
+    """Wait until the relay has nothing left to do, and return the events that the stream holds."""
+    await all_entries(client, bench)
     return await streamed(client)
 
 

@@ -119,14 +119,16 @@ def test_links_within_the_documentation_lead_somewhere(page: Path) -> None:
 
 def test_the_examples_on_the_events_page_are_events() -> None:
     blocks = re.findall(r"^```json\n(.*?)^```$", (DOCS / "events.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
-    for block in blocks:
-        events = json.loads(block)["events"]
+    lives = [found["events"] for block in blocks if "events" in (found := json.loads(block))]
+    each = [found for block in blocks if "events" not in (found := json.loads(block))]
+    assert lives
+    for events in lives:
         assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
-        for event in events:
-            validate(event)
-            Event.model_validate(event)
-            assert set(event["data"]) <= set(DATA[EventType(event["type"])].model_fields)
+    assert [event["type"] for event in each] == list(EventType)
+    for event in [*each, *(event for events in lives for event in events)]:
+        validate(event)
+        Event.model_validate(event)
+        assert set(event["data"]) <= set(DATA[EventType(event["type"])].model_fields)
 
 
 _REASONS = {state: sorted(reasons) for state, reasons in TERMINAL_REASONS.items()}
