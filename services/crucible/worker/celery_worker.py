@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import Reject
 from celery.worker import WorkController
 from celery.worker import state as celery_state
+from kombu.common import ignore_errors
 
 from crucible import logs
 from crucible.broker.celery_app import make_app
@@ -57,10 +58,9 @@ class CeleryWorker:
         self._settings = settings
         self._holding = holding
         self._hints = Hints(storage, holding)
-        slots = {name: found.size for name, found in holding.slots.items()}
-        self._link = Link(url, settings, slots, self._lost_connection)
+        self._link = Link(url, settings, holding.slots, self._lost_connection)
         self._app = make_app(url, settings)
-        self._threads = _THREADS_PER_SLOT * sum(slots.values()) + _SPARE_THREADS
+        self._threads = _THREADS_PER_SLOT * sum(slots.size for slots in holding.slots.values()) + _SPARE_THREADS
         self._controller: Any = None
         self._thread: threading.Thread | None = None
         self._guarding: asyncio.Task[None] | None = None
@@ -98,6 +98,7 @@ class CeleryWorker:
         await self._hints.drain()
         # Read by Celery's loop at each turn. It lets its threads end, sends what they acknowledged, and closes the connection.
         celery_state.should_stop = 0
+        self._link.stopped.set()
         self._in_celery(lambda: None)
         await self.ended.wait()
         if self._guarding:
@@ -130,9 +131,10 @@ class CeleryWorker:
 
     def _cancel(self) -> None:
         """Stop consuming; the connection stays, for what is still to be acknowledged. In Celery's thread."""
-        consumers = self._controller.consumer.task_consumer
-        if consumers:
-            consumers.cancel()
+        consumer = self._controller.consumer
+        if consumer.task_consumer:
+            # A connection that is gone hands out nothing either.
+            ignore_errors(consumer, consumer.task_consumer.cancel)
 
     def _lost_connection(self) -> None:
         self._loop.call_soon_threadsafe(self._hints.lost_connection)
