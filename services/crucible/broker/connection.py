@@ -90,7 +90,8 @@ def transport_options(url: BrokerUrl, settings: BrokerSettings) -> dict[str, Any
         # Redis takes a message away from a worker that holds it for longer; twice the longest hold costs nothing.
         "visibility_timeout": 2 * settings.consumer_timeout_seconds,
         "socket_connect_timeout": settings.connect_timeout_seconds,
-        "socket_timeout": ANSWER_SECONDS,
+        # Redis answers from memory; only a worker waits for it on purpose, for a second each time.
+        "socket_timeout": max(2.0, 2 * settings.connect_timeout_seconds),
         "socket_keepalive": True,
         "health_check_interval": heartbeat(settings),
     }
@@ -227,15 +228,19 @@ def _explain_tls(error: ssl.SSLError, node: Node) -> BrokerError:
             hint = "name in CRUCIBLE_BROKER__CA_FILE the file with the certificates that sign it"
         return BrokerError(BrokerReason.TLS, what, hint)
     if error.reason in {"WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "RECORD_LAYER_FAILURE"}:
-        return BrokerError(
-            BrokerReason.TLS,
-            f"{node.address} does not speak TLS, and the URL asks for it",
-            f"write the port with TLS, usually {node.host}:5671, or amqp:// (redis://) without TLS",
-        )
+        return _no_tls(node)
     return BrokerError(
         BrokerReason.TLS,
         f"TLS to {node.address} fails ({error.reason or error})",
         "check CRUCIBLE_BROKER__CERT_FILE and __KEY_FILE: the server may ask for a certificate of a signer it trusts",
+    )
+
+
+def _no_tls(node: Node) -> BrokerError:
+    return BrokerError(
+        BrokerReason.TLS,
+        f"{node.address} does not speak TLS, and the URL asks for it",
+        f"write the port with TLS (of RabbitMQ usually {node.host}:5671), or amqp:// (redis://) without TLS",
     )
 
 
@@ -257,10 +262,19 @@ def _speaks_tls(node: Node, timeout: float) -> bool:
         return False
 
 
+def _speaks_plain_redis(node: Node, timeout: float) -> bool:
+    """Whether Redis answers without TLS. It waits in silence for the end of what it takes for a line when it is spoken to in TLS."""
+    try:
+        with socket.create_connection((node.host, node.port), timeout=timeout) as plain:
+            plain.sendall(b"PING\r\n")
+            return plain.recv(1) in {b"+", b"-"}
+    except OSError:
+        return False
+
+
 def _explain_redis(error: redis_errors.RedisError, node: Node, settings: BrokerSettings) -> BrokerError:
-    cause = error
     chain: list[BaseException] = []
-    step: BaseException | None = cause
+    step: BaseException | None = error
     while step is not None and len(chain) < 10:
         chain.append(step)
         step = step.__cause__ or step.__context__
@@ -279,6 +293,8 @@ def _explain_redis(error: redis_errors.RedisError, node: Node, settings: BrokerS
             f"the Redis at {node.address} has no database {node.path}",
             "end the URL with /0, or raise `databases` in Redis' configuration",
         )
+    if node.tls and _speaks_plain_redis(node, settings.connect_timeout_seconds):
+        return _no_tls(node)
     if not node.tls and _speaks_tls(node, settings.connect_timeout_seconds):
         return BrokerError(
             BrokerReason.TLS,

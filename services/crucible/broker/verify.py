@@ -29,6 +29,7 @@ from crucible.broker.topology import (
     Binding,
     Exchange,
     Queue,
+    Topology,
     User,
     topology,
 )
@@ -80,6 +81,8 @@ class Observed:
     users: dict[str, Found] = field(default_factory=dict)
     permissions: dict[str, Found] = field(default_factory=dict)
     topic_permissions: list[Found] = field(default_factory=list)
+    policies: list[Found] = field(default_factory=list)
+    operator_policies: list[Found] = field(default_factory=list)
 
 
 def observe(api: Management, vhost: str) -> Observed:
@@ -103,6 +106,8 @@ def observe(api: Management, vhost: str) -> Observed:
         users=users,
         permissions={found["user"]: found for found in api.get("vhosts", vhost, "permissions")},
         topic_permissions=api.get("vhosts", vhost, "topic-permissions"),
+        policies=api.get("policies", vhost),
+        operator_policies=api.get("operator-policies", vhost),
     )
 
 
@@ -126,6 +131,7 @@ def differences(
         found += _exchange(exchange, observed.exchanges.get(exchange.name), vhost)
     for queue in wanted.queues:
         found += _queue(queue, observed.queues.get(queue.name), vhost, members)
+    found += _policies(wanted, observed, vhost)
     found += _bindings(wanted.bindings, observed, vhost)
     found += _extra(observed, {found.name for found in wanted.exchanges}, {found.name for found in wanted.queues})
     for user in USERS:
@@ -180,7 +186,6 @@ def _exchange(wanted: Exchange, found: Found | None, vhost: str) -> Iterator[Dif
     )
     yield from _properties(where, body, found, remedy)
     yield from _arguments(where, body["arguments"], found["arguments"], remedy)
-    yield from _policies(where, found, vhost)
 
 
 def _queue(wanted: Queue, found: Found | None, vhost: str, members: int) -> Iterator[Difference]:
@@ -199,7 +204,6 @@ def _queue(wanted: Queue, found: Found | None, vhost: str, members: int) -> Iter
     kind = str(wanted.arguments["x-queue-type"])
     if found.get("type") != kind:
         yield Difference(where, "type", kind, found.get("type"), remedy)
-    yield from _policies(where, found, vhost)
     holders, online = found.get("members", []), found.get("online", [])
     if len(holders) < members:
         grow = f"with {members} nodes in the cluster: `rabbitmq-queues grow NODE all --vhost-pattern '^{vhost}$'`"
@@ -220,16 +224,22 @@ def _arguments(where: str, wanted: Mapping[str, Any], found: Found, remedy: str)
             yield Difference(where, f"argument {name}", wanted.get(name, "unset"), found.get(name, "unset"), remedy)
 
 
-def _policies(where: str, found: Found, vhost: str) -> Iterator[Difference]:
-    for kind, command in (("policy", "clear_policy"), ("operator_policy", "clear_operator_policy")):
-        if name := found.get(kind):
-            yield Difference(
-                where,
-                kind.replace("_", " "),
-                NONE,
-                name,
-                f"it overrides what the code says: `rabbitmqctl {command} -p {vhost} {name}`, or narrow its pattern",
-            )
+def _policies(wanted: Topology, observed: Observed, vhost: str) -> Iterator[Difference]:
+    """Name each policy that applies to something of ours. Its definition, and not the object, says so at once."""
+    objects = [("exchange", found.name, {"all", "exchanges"}) for found in wanted.exchanges]
+    objects += [("queue", found.name, {"all", "queues", "quorum_queues"}) for found in wanted.queues]
+    for kind, policies, command in (
+        ("policy", observed.policies, "clear_policy"),
+        ("operator policy", observed.operator_policies, "clear_operator_policy"),
+    ):
+        for policy in policies:
+            for thing, name, scopes in objects:
+                if policy["apply-to"] in scopes and re.search(policy["pattern"], name):
+                    remedy = (
+                        "it overrides what the code says: "
+                        f"`rabbitmqctl {command} -p {vhost} {policy['name']}`, or narrow its pattern"
+                    )
+                    yield Difference(f"{thing} {name}", kind, NONE, policy["name"], remedy)
 
 
 def _bindings(wanted: tuple[Binding, ...], observed: Observed, vhost: str) -> Iterator[Difference]:
