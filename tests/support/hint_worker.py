@@ -120,10 +120,9 @@ class HintWorker:
         return True
 
     async def work(self, enough: asyncio.Event, pause: float = 0.02) -> None:
-        """Work on all queues until told that it is enough."""
+        """Work on the queue of small ones until told that it is enough."""
         while not enough.is_set():
-            busy = [await self.work_one(size) for size in SizeClass]
-            if not any(busy):
+            if not await self.work_one():
                 await asyncio.sleep(pause)
 
 

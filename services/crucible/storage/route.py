@@ -18,11 +18,12 @@ from crucible.evaluation import Violation
 from crucible.limits import SizeClass
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
-from crucible.storage.tables import DUE, HELD, QUEUED, UNHINTED
+from crucible.storage.tables import ACTIVE, DUE, HELD, QUEUED, UNHINTED
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
+    from crucible.broker.publisher import QueueDepth
     from crucible.broker.urls import BrokerUrl
     from crucible.contracts import BrokerMove
     from crucible.storage.engine import Connection, Database, Row
@@ -53,9 +54,11 @@ INSERT INTO broker_route (phase, share, changed_by) VALUES ($1, $2, $3)
     ON CONFLICT (single) DO UPDATE SET phase = $1, share = $2, changed_by = $3, changed_at = now()"""
 _FORGET = f"""
 UPDATE evaluations SET hint_priority = NULL WHERE {QUEUED} AND hint_priority IS NOT NULL AND hint_broker = $1"""  # noqa: S608 - constants
-_WAITING = f"SELECT count(*) FROM evaluations WHERE {QUEUED} AND hint_priority IS NOT NULL AND hint_broker = $1"  # noqa: S608 - constants
-_IN_FLIGHT = f"SELECT count(*) FROM evaluations WHERE {HELD} AND hint_broker = $1"  # noqa: S608 - constants
-_UNTOLD = f"SELECT count(*) FROM evaluations WHERE {UNHINTED} AND {DUE}"  # noqa: S608 - constants
+# One look, so that nothing is counted on its way from one number to another.
+_STANDING = f"""
+SELECT hint_broker AS broker, count(*) FILTER (WHERE {UNHINTED} AND {DUE}) AS untold,
+       count(*) FILTER (WHERE {QUEUED} AND hint_priority IS NOT NULL) AS waiting, count(*) FILTER (WHERE {HELD}) AS in_flight
+  FROM evaluations WHERE {ACTIVE} GROUP BY 1"""  # noqa: S608 - constants
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('crucible.broker_route', 0))"
 
 
@@ -81,8 +84,7 @@ class Route:
     @timed("broker_report")
     async def report(self, notes: tuple[str, ...] = ()) -> BrokerReport:
         """Say what each broker holds, and what is left to do of the way between them."""
-        sides = list(await asyncio.gather(*(self._side(role, lane) for role, lane in self._lanes.items())))
-        untold = await self._database.fetchval(_UNTOLD) if self._lanes else 0
+        sides, untold = await self._sides()
         if len(sides) < 2:
             following = "nothing: there is one broker" if sides else "nothing: the database itself is the queue"
             return BrokerReport(brokers=sides, untold=untold, next=following, notes=list(notes))
@@ -101,34 +103,39 @@ class Route:
             notes=list(notes),
         )
 
-    async def _side(self, role: Role, lane: Lane) -> BrokerSide:
-        problem: str | None = None
-        queued: dict[SizeClass, int] | None = None
-        consumers: dict[SizeClass, int] = {}
+    async def _sides(self) -> tuple[list[BrokerSide], int]:
+        """Return what each broker holds, and how many evaluations no broker was told of."""
+        held = await asyncio.gather(*(self._held(lane) for lane in self._lanes.values()))
+        rows = await self._database.fetch(_STANDING) if self._lanes else []
+        of = {row["broker"]: row for row in rows}
+        sides = []
+        for (role, lane), (depths, problem) in zip(self._lanes.items(), held, strict=True):
+            row = of.get(lane.name)
+            consumers = {size: depth.consumers for size, depth in depths.items() if depth.consumers is not None}
+            sides.append(
+                BrokerSide(
+                    role=role,
+                    kind=lane.url.kind,
+                    url=lane.url.safe,
+                    up=problem is None,
+                    problem=problem,
+                    queued=None if problem else {size: depth.ready for size, depth in depths.items()},
+                    consumers=consumers or None,
+                    waiting=row["waiting"] if row else 0,
+                    in_flight=row["in_flight"] if row else 0,
+                )
+            )
+        return sides, sum(row["untold"] for row in rows)
+
+    @staticmethod
+    async def _held(lane: Lane) -> tuple[Mapping[SizeClass, QueueDepth], str | None]:
         try:
             async with asyncio.timeout(_ANSWER_S):
-                depths = await lane.depths()
+                return await lane.depths(), None
         except BrokerError as error:
-            problem = str(error)
+            return {}, str(error)
         except TimeoutError:
-            problem = f"it did not say what it holds within {_ANSWER_S:g} s"
-        else:
-            queued = {size: depth.ready for size, depth in depths.items()}
-            consumers = {size: depth.consumers for size, depth in depths.items() if depth.consumers is not None}
-        async with self._database.connection() as connection:
-            waiting = await connection.fetchval(_WAITING, lane.name)
-            in_flight = await connection.fetchval(_IN_FLIGHT, lane.name)
-        return BrokerSide(
-            role=role,
-            kind=lane.url.kind,
-            url=lane.url.safe,
-            up=problem is None,
-            problem=problem,
-            queued=queued,
-            consumers=consumers or None,
-            waiting=waiting,
-            in_flight=in_flight,
-        )
+            return {}, f"it did not say what it holds within {_ANSWER_S:g} s"
 
     # -- the steps
 
@@ -186,7 +193,7 @@ class Route:
                 return []
             if phase is not BrokerPhase.DRAINING:
                 raise _refused(f"the migration is in its phase {phase}", "`drain` first, and wait until it has drained")
-            legacy = await self._side(Role.LEGACY, self._lanes[Role.LEGACY])
+            (_, legacy), _ = await self._sides()
             if left := _left(legacy):
                 raise _refused(f"the legacy broker is not drained: {left}", _how_to_drain(legacy))
             notes = await self._tried(
