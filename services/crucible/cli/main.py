@@ -14,7 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from crucible import __version__
-from crucible.cli import broker, consuming, demo, evaluations, following, openapi, up, upkeep
+from crucible.cli import broker, consuming, demo, evaluations, following, openapi, serve, up, upkeep
 from crucible.cli.exit_codes import MEANINGS, ExitCode
 from crucible.cli.session import Session
 
@@ -47,6 +47,7 @@ app.add_typer(upkeep.storage, name="storage")
 app.add_typer(upkeep.dead_letters, name="dead-letters")
 app.add_typer(upkeep.keys, name="keys")
 app.add_typer(broker.broker, name="broker")
+app.add_typer(serve.serve, name="serve")
 app.command("openapi")(openapi.openapi)
 
 

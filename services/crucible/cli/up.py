@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from crucible.cli import foreground
 from crucible.cli.exit_codes import ExitCode
 from crucible.cli.explain import facts_table
 from crucible.cli.requests import given
@@ -59,9 +58,27 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", show_default="8080")
     ] = None,
+    broker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Queue in this broker, amqp://... or redis://... (CRUCIBLE_BROKER_URL); without it, in the database.",
+        ),
+    ] = None,
+    legacy_broker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="The broker that is being left (CRUCIBLE_LEGACY_BROKER_URL); both are consumed."
+        ),
+    ] = None,
+    redis: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Publish events in this Redis too (CRUCIBLE_REDIS_URL)."),
+    ] = None,
 ) -> None:
     """Run the platform here, in the foreground. Ctrl-C drains and stops it; a second Ctrl-C stops it at once."""
-    settings = local_settings(**given(data_dir=data_dir, api=given(host=host, port=port)))
+    brokers = given(broker_url=broker, legacy_broker_url=legacy_broker, redis_url=redis)
+    settings = local_settings(**given(data_dir=data_dir, api=given(host=host, port=port), **brokers))
     from crucible import logs  # noqa: PLC0415 - slow to import, and only this needs it
 
     logs.configure("crucible", settings.log)
@@ -92,13 +109,17 @@ async def start(platform: Platform) -> None:
         AlreadyRunningError: another one holds the data folder.
         NotStartedError: it did not start; the message says why.
     """
-    from crucible.local.platform import AlreadyRunningError  # noqa: PLC0415 - slow to import, and only this needs it
+    from crucible.broker.errors import BrokerError  # noqa: PLC0415 - slow to import, and only this needs it
+    from crucible.local.platform import AlreadyRunningError  # noqa: PLC0415 - the same
+    from crucible.settings import SettingsError  # noqa: PLC0415 - the same
 
     try:
         await platform.start()
     except AlreadyRunningError:
         raise
-    except (OSError, RuntimeError) as error:
+    except SettingsError as error:
+        raise typer.BadParameter(str(error), param_hint="environment") from None
+    except (OSError, RuntimeError, BrokerError) as error:
         raise NotStartedError(str(error)) from error
 
 
@@ -106,41 +127,19 @@ async def _serve(session: Session, settings: Settings) -> None:
     from crucible.local.platform import Platform  # noqa: PLC0415 - slow to import, and only this needs it
 
     platform = Platform(settings)
-    stop = asyncio.Event()
-    _on_signals(session, stop)
-    starting = asyncio.create_task(start(platform))
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():
-        starting.cancel()
-        with suppress(asyncio.CancelledError):
-            await starting
-        raise typer.Exit(ExitCode.INTERRUPTED)
-    await starting
-    try:
+
+    def announce() -> None:
         document = announcement(platform)
         session.emit(document, lambda: facts_table(_facts(document)))
-        await stopping
-        session.note("draining: nothing new is taken, what runs may finish; Ctrl-C again stops at once")
-        await platform.drain()
-    finally:
-        await platform.aclose()
-    session.note("stopped")
 
-
-def _on_signals(session: Session, stop: asyncio.Event) -> None:
-    """First signal: drain. Second: leave at once; the children's lives hang on ours, and the next start recovers the rest."""
-
-    def stopped() -> None:
-        if stop.is_set():
-            session.note("stopped at once; what ran is queued again at the next start")
-            sys.stdout.flush()
-            os._exit(ExitCode.INTERRUPTED)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped)
+    # The children's lives hang on ours, and the next start recovers what they did.
+    await foreground.run(
+        session,
+        platform,
+        start=start(platform),
+        started=announce,
+        at_once="stopped at once; what ran is queued again at the next start",
+    )
 
 
 def announcement(platform: Platform) -> Document:
@@ -151,6 +150,7 @@ def announcement(platform: Platform) -> Document:
         "data_dir": str(platform.settings.data_dir),
         "sandbox": platform.runtime,
         "limits_by": platform.limits_by,
+        "queue": platform.queue,
         "pid": os.getpid(),
     }
 
@@ -162,6 +162,7 @@ def _facts(document: Document) -> list[tuple[str, str]]:
         ("documentation", f"{document['url']}/docs"),
         ("data", document["data_dir"]),
         ("sandboxes", f"{document['sandbox']}, limits held by {document['limits_by']}"),
+        ("queue", document["queue"]),
         ("try", "crucible submit --code 'print(6 * 7)' --follow"),
         ("stop", "Ctrl-C"),
     ]

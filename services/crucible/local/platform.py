@@ -7,7 +7,6 @@ it starts the parts in the order in which they need each other, and stops them i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import json
 import os
@@ -16,8 +15,6 @@ import socket
 import uuid
 from contextlib import AsyncExitStack
 from typing import IO, TYPE_CHECKING
-
-import uvicorn
 
 from crucible import __version__, logs
 from crucible import contracts as c
@@ -29,24 +26,29 @@ from crucible.dispatcher.dispatcher import Dispatcher
 from crucible.events import InProcessBus
 from crucible.health import Health
 from crucible.local.postgres import PostgresServer
+from crucible.local.worker_process import WorkerProcess, worker_environment
+from crucible.serve.http import HttpServer
+from crucible.serve.storage import make_brokers
 from crucible.storage.app import make_storage_app
 from crucible.storage.storage import Storage
+from crucible.streams.composition import make_event_log
 from crucible.tracing import Tracing
 from crucible.worker.holding import Holding
 from crucible.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     import httpx
 
-    from crucible.settings import Settings
+    from crucible.broker.urls import BrokerUrl
+    from crucible.settings import BrokerSettings, Settings
+    from crucible.storage.hints import Brokers
 
 log = logs.get_logger("platform")
 
 LOCAL_OWNER = "local"
-_READY_POLL_S = 0.005
 
 
 class AlreadyRunningError(RuntimeError):
@@ -56,14 +58,6 @@ class AlreadyRunningError(RuntimeError):
         where = f" at {server['url']} (pid {server['pid']})" if server else ""
         super().__init__(f"a platform already runs over {data_dir}{where}; stop it, or choose another --data-dir")
         self.server = server
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without signal handlers: the platform decides when to drain."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Platform:
@@ -81,10 +75,12 @@ class Platform:
         self.api_key = ""
         self.runtime = ""
         self.limits_by = ""
+        self.queue = "the database"
         self._durable = durable
         self._stack = AsyncExitStack()
         self._api: Api | None = None
         self._worker: Worker | None = None
+        self._worker_processes: list[WorkerProcess] = []
 
     @property
     def server_file(self) -> Path:
@@ -97,6 +93,8 @@ class Platform:
         Raises:
             AlreadyRunningError: the data folder is taken.
             PostgresError: the database does not start.
+            BrokerError: the broker cannot be used; the message says why and what to do.
+            SettingsError: settings that do not go together.
             RuntimeError: sandboxes cannot be made on this machine; the message says why.
         """
         try:
@@ -111,6 +109,7 @@ class Platform:
             self._api.drain()
         if self._worker:
             await self._worker.drain()
+        await asyncio.gather(*(process.drain() for process in self._worker_processes))
 
     async def aclose(self) -> None:
         """Stop every part in the reverse of the order in which they need each other."""
@@ -124,6 +123,12 @@ class Platform:
         tracing = Tracing(settings.tracing, "crucible")
         stack.callback(tracing.shutdown)
         bus = InProcessBus()
+        brokers = make_brokers(settings)
+        for url in _urls(brokers):
+            await asyncio.to_thread(_declare, url, settings.broker)
+        event_log = make_event_log(settings)
+        if event_log:
+            stack.push_async_callback(event_log.aclose)
 
         storage = Storage(
             settings.storage,
@@ -132,6 +137,8 @@ class Platform:
             database_url=await self._database(),
             data_dir=settings.data_dir,
             instance=self.instance,
+            event_log=event_log,
+            brokers=brokers,
         )
         await storage.start()
         stack.push_async_callback(storage.aclose)
@@ -154,11 +161,10 @@ class Platform:
         await self._api.start()
         stack.push_async_callback(self._api.aclose)
 
-        holding = Holding(settings.worker, storage_client, dispatcher_client, instance=self.instance, tracing=tracing)
-        self._worker = Worker(storage_client, holding)
-        self._api.health.add("worker", self._worker.heartbeat.check)
-        await self._worker.start()
-        stack.push_async_callback(self._worker.drain)
+        if brokers:
+            await self._start_worker_processes(brokers, token, storage_app, dispatcher_app)
+        else:
+            await self._start_worker(storage_client, dispatcher_client, tracing)
         await self._serve(tracing.wrap_app(make_api_app(self._api)))
         # Before the server stops: open streams end by themselves then, where it would wait for them.
         stack.callback(self._api.drain)
@@ -207,41 +213,62 @@ class Platform:
         _write_private(path, key + "\n")
         return key
 
+    async def _start_worker(self, storage: StorageClient, dispatcher: DispatcherClient, tracing: Tracing) -> None:
+        holding = Holding(self.settings.worker, storage, dispatcher, instance=self.instance, tracing=tracing)
+        self._worker = Worker(storage, holding)
+        assert self._api is not None  # noqa: S101 - for the type checker
+        self._api.health.add("worker", self._worker.heartbeat.check)
+        await self._worker.start()
+        self._stack.push_async_callback(self._worker.drain)
+
+    async def _start_worker_processes(
+        self, brokers: Brokers, token: str, storage_app: Callable[..., object], dispatcher_app: Callable[..., object]
+    ) -> None:
+        """Start a worker per broker, and serve it the two services that it calls, on loopback."""
+        storage_url, dispatcher_url = await self._internal(storage_app), await self._internal(dispatcher_app)
+        for url in _urls(brokers):
+            environment = worker_environment(self.settings, ",".join(url.nodes), token, storage_url, dispatcher_url)
+            process = WorkerProcess(environment, self.settings.worker.drain_seconds)
+            self._worker_processes.append(process)
+            await process.start()
+            self._stack.push_async_callback(process.drain)
+            assert self._api is not None  # noqa: S101 - for the type checker
+            self._api.health.add("worker" if url is brokers.new else "legacy-worker", process.problem)
+        self.queue = " and ".join(url.safe for url in _urls(brokers))
+
+    async def _internal(self, app: Callable[..., object]) -> str:
+        server = HttpServer("127.0.0.1", 0)
+        self._stack.push_async_callback(server.aclose)
+        await server.start(app)
+        return server.url
+
     async def _serve(self, app: Callable[..., object]) -> None:
-        listener = socket.create_server((self.settings.api.host, self.settings.api.port), backlog=1024)
-        # Accepted connections inherit it. asyncio sets it only on sockets that it made itself, and without it each answer
-        # waits 40 ms for the peer's delayed acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        host, port = listener.getsockname()[:2]
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=5,
-            timeout_keep_alive=75,
-            server_header=False,
-        )
-        server = _Server(config)
-        task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-        self._stack.push_async_callback(_stop_server, server, task)
-        while not server.started:
-            if task.done():
-                await task
-            await asyncio.sleep(_READY_POLL_S)
-        self.url = f"http://{host}:{port}"
+        server = HttpServer(self.settings.api.host, self.settings.api.port)
+        self._stack.push_async_callback(server.aclose)
+        await server.start(app)
+        self.url = server.url
 
     def _announce(self) -> None:
-        _write_private(
-            self.server_file, json.dumps({"url": self.url, "api_key": self.api_key, "pid": os.getpid()}) + "\n"
-        )
+        server = {
+            "url": self.url,
+            "api_key": self.api_key,
+            "pid": os.getpid(),
+            "workers": [process.pid for process in self._worker_processes],
+        }
+        _write_private(self.server_file, json.dumps(server) + "\n")
         self._stack.callback(self.server_file.unlink, missing_ok=True)
         log.info("platform started", url=self.url, data_dir=str(self.settings.data_dir), sandbox=self.runtime)
 
 
-async def _stop_server(server: uvicorn.Server, task: asyncio.Task[None]) -> None:
-    server.should_exit = True
-    await task
+def _urls(brokers: Brokers | None) -> list[BrokerUrl]:
+    return [url for url in (brokers.new, brokers.legacy) if url] if brokers else []
+
+
+def _declare(url: BrokerUrl, settings: BrokerSettings) -> None:
+    from crucible.broker.publisher import Publisher  # noqa: PLC0415 - slow to import, and only for those with a broker
+
+    with Publisher(url, settings) as publisher:
+        publisher.declare()
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from crucible.api.app import Api, make_api_app
 from crucible.events import Event, Lagged
 from crucible.serve.service import Service
+from crucible.streams.composition import make_bus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,9 +22,6 @@ _POLL_S = 1.0
 
 class PollingBus:
     """Stands where no events come from other processes: has every subscriber read the table again once a second."""
-
-    def publish(self, event: Event) -> None:
-        """Tell nobody: the one who publishes here is not the one who knows."""
 
     @contextmanager
     def subscribe(self, wants: Callable[[Event], bool]) -> Iterator[asyncio.Queue[Event | Lagged]]:  # noqa: ARG002 - the bus's signature
@@ -52,13 +50,15 @@ class ApiService(Service):
         self._api: Api | None = None
 
     async def _start(self, stack: AsyncExitStack) -> None:
-        self._api = Api(
-            self.settings,
-            await self.storage_client(),
-            await self.dispatcher_client(),
-            PollingBus(),
-            tracing=self.tracing,
-        )
+        storage, dispatcher = await self.storage_client(), await self.dispatcher_client()
+        stream_bus = make_bus(self.settings)
+        if stream_bus:
+            stack.push_async_callback(stream_bus.aclose)
+            await stream_bus.start()
+        self._api = Api(self.settings, storage, dispatcher, stream_bus or PollingBus(), tracing=self.tracing)
+        self.health = self._api.health
+        if stream_bus:
+            stream_bus.watch(self.health)
         await self._api.start()
         stack.push_async_callback(self._api.aclose)
         stack.push_async_callback(self._server.aclose)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import uuid
 from abc import ABC, abstractmethod
@@ -73,6 +74,10 @@ class Service(ABC):
     async def drain(self) -> None:
         """Take nothing new, and finish what is under way."""
         self.health.draining = True
+
+    async def ended(self) -> None:
+        """Return if it has ended by itself, which it should not."""
+        await asyncio.Event().wait()
 
     async def aclose(self) -> None:
         """Stop every part in the reverse of the order in which they need each other."""

@@ -11,7 +11,6 @@ from crucible.worker.celery_worker import CeleryWorker
 from crucible.worker.holding import Holding
 
 if TYPE_CHECKING:
-    import asyncio
     from contextlib import AsyncExitStack
 
     from crucible.settings import Settings
@@ -25,11 +24,6 @@ class WorkerService(Service):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings, settings.worker.host, settings.worker.port)
         self._worker: CeleryWorker | None = None
-
-    @property
-    def ended(self) -> asyncio.Event | None:
-        """Set when the worker has ended, wanted or not."""
-        return self._worker.ended if self._worker else None
 
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self.settings
@@ -49,3 +43,8 @@ class WorkerService(Service):
         self.health.draining = True
         if self._worker:
             await self._worker.drain()
+
+    async def ended(self) -> None:
+        """Return if the consumer has ended by itself."""
+        if self._worker:
+            await self._worker.ended.wait()
