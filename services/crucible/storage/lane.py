@@ -148,7 +148,7 @@ class Lane:
         self._publisher = Publisher(url, settings)
         # Redis has no dead letters: what its consumers reject is gone, and found to be missing.
         self._desk = ReturnDesk(url, settings) if url.kind == "rabbitmq" else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"hints-{role}")
+        self._thread = self._new_thread()
         self._next = _next(MINE[role] if len(urls) > 1 else "true")
         self._strays = _strays(ALL[role] if len(urls) > 1 else "true")
         # Redis' order is by priority across its lists only where nothing is fetched ahead: too weak a sign.
@@ -165,10 +165,15 @@ class Lane:
 
     async def aclose(self) -> None:
         """Say farewell to the broker, for as long as that may take; to be called once `run` has ended."""
-        closing = asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        # The next one's thread begins with its first use, so that closing twice, or starting again, is no mistake.
+        thread, self._thread = self._thread, self._new_thread()
+        closing = asyncio.get_running_loop().run_in_executor(thread, self._close)
         with suppress(TimeoutError):
             await asyncio.wait_for(closing, _FAREWELL_S)
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        thread.shutdown(wait=False, cancel_futures=True)
+
+    def _new_thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix=f"hints-{self.role}")
 
     def _close(self) -> None:
         self._publisher.close()
