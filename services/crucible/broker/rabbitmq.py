@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ssl
 import time
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import amqp
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from crucible.settings import BrokerSettings
 
 log = structlog.get_logger(__name__)
+
+# Often enough for the broker to know that we live, at the shortest heartbeat that AMQP can say (1 s).
+_BEAT_SECONDS = 0.5
 
 _NO_ROUTE = (
     "the broker has no queue for what is published",
@@ -80,23 +85,23 @@ class _Channel:
 
     def await_confirms(self, deadline: float) -> None:
         """Return when all is confirmed or refused, the time is over, or an alarm blocks the connection."""
-        while self._waiting and not self.blocked:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return
-            try:
-                self.link.drain_events(timeout=left)
-            except TimeoutError:
-                return
+        while self._waiting and not self.blocked and (left := deadline - time.monotonic()) > 0:
+            self._read(min(left, _BEAT_SECONDS))
+            self.link.heartbeat_tick()
 
     def take_news(self) -> None:
         """Read what arrived meanwhile, such as the end of an alarm or of the connection, and say that we live."""
-        try:
-            while True:
-                self.link.drain_events(timeout=0)
-        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+        while self._read(0):
             pass
         self.link.heartbeat_tick()
+
+    def _read(self, timeout: float) -> bool:
+        """Read one frame; False if none came. amqp's `drain_events` would go on reading for as long as heartbeats come."""
+        try:
+            self.link.blocking_read(timeout)
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+            return False
+        return True
 
     def _settle(self, delivery_tag: int, multiple: bool, into: set[int]) -> None:
         tags = [tag for tag in self._waiting if tag <= delivery_tag] if multiple else [delivery_tag]
@@ -130,6 +135,8 @@ class RabbitLink:
         self._settings = settings
         self._app = make_app(url, settings)
         self._channel: _Channel | None = None
+        # The node that failed last: it may be alive and cut off from the others, and is tried last.
+        self._failed: tuple[str | None, int | None] | None = None
 
     def publish(self, hints: Sequence[Hint], timeout: float) -> list[bool]:
         """Publish in order; return which were confirmed. Raises if none was."""
@@ -193,8 +200,7 @@ class RabbitLink:
             return BrokerError(BrokerReason.NOT_DECLARED, *_NO_ROUTE)
         if channel.refused:
             return BrokerError(BrokerReason.FULL, *_FULL)
-        # Another node may do better: a queue whose majority is elsewhere never confirms.
-        self.close()
+        self._leave_node()
         return BrokerError(
             BrokerReason.UNREACHABLE,
             "the broker does not confirm in time what is published",
@@ -241,7 +247,7 @@ class RabbitLink:
                 log.info("broker connection was lost", broker=self._url.safe, error=str(error))
                 self.close()
         if self._channel is None:
-            connection = connect(self._url, self._settings)
+            connection = self._connect()
             try:
                 self._channel = _Channel(connection)
             except (OSError, amqp_errors.AMQPError) as error:
@@ -249,8 +255,25 @@ class RabbitLink:
                 raise self._lost(error) from None
         return self._channel
 
+    def _connect(self) -> Connection:
+        others = tuple(node for node in self._url.members if (node.host, node.port) != self._failed)
+        if others and len(others) < len(self._url.members):
+            with suppress(BrokerError):
+                return connect(replace(self._url, members=others), self._settings)
+        return connect(self._url, self._settings)
+
+    def _leave_node(self) -> None:
+        """Leave a node that does not answer: a queue whose majority is elsewhere never confirms there."""
+        if self._channel is not None:
+            self._failed = self._channel.connection.hostname, self._channel.connection.port
+            # No farewell to whom does not answer.
+            self._channel.connection.collect()
+            self._channel = None
+
     def _lost(self, error: Exception) -> BrokerError:
         """Drop a connection that failed, and return what that means."""
+        if isinstance(error, OSError):
+            self._leave_node()
         self.close()
         if isinstance(error, amqp_errors.AMQPError) and error.reply_code in {403, 404, 405, 406, 530}:
             return explain_refusal(error, self._url)
