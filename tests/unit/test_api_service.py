@@ -19,7 +19,7 @@ import structlog
 from crucible.api.app import Api, make_api_app
 from crucible.api.outputs import OutputChangedError
 from crucible.clients import DispatcherClient, StorageClient, http_client
-from crucible.contracts import DeadLetter, Role
+from crucible.contracts import DeadLetter, EvaluationRecord, Role
 from crucible.evaluation import Reason, Resources, State
 from crucible.frames import Kind
 from crucible.problems import KINDS
@@ -513,6 +513,26 @@ async def test_an_evaluations_events_are_followed_to_the_last_and_no_further(ben
         rest = await stream.rest()
     assert [(event.event, event.id) for event in rest] == [("provisioning", "3"), ("running", "4"), ("completed", "5")]
     assert rest[-1].data["reason"] == "exit_zero"
+
+
+async def test_an_end_between_two_readings_of_a_stream_is_told_too(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = await bench.submit()
+    bench.fake.run(evaluation)
+    look = bench.api.storage.get
+
+    async def ends_just_before(evaluation_id: str) -> EvaluationRecord:
+        if bench.api.streams.count:
+            # The stream has read that there is nothing new, and now looks whether anything is to come.
+            monkeypatch.setattr(bench.api.storage, "get", look)
+            bench.fake.end(evaluation)
+        return await look(evaluation_id)
+
+    monkeypatch.setattr(bench.api.storage, "get", ends_just_before)
+    headers = (SSE, ("Last-Event-ID", "4"))
+    async with bench.stream(f"/v1/evaluations/{evaluation}/events", *headers) as stream:
+        assert [event.event for event in await stream.rest()] == ["completed"]
 
 
 async def test_a_stream_is_resumed_after_the_last_event_that_was_seen(bench: Bench) -> None:

@@ -58,7 +58,10 @@ async def _follow_one(api: Api, evaluation_id: str, after: int) -> AsyncIterator
                 after = event.seq
                 if event.state.terminal:
                     return
-            if not events and (await whole(api.storage.get(evaluation_id))).state.terminal:
+            if not events and (record := await whole(api.storage.get(evaluation_id))).state.terminal:
+                if record.seq > after:
+                    # It ended between the two readings.
+                    continue
                 return
             if listener.closing:
                 return
