@@ -264,6 +264,22 @@ async def test_a_stream_that_redis_lost_is_filled_again_from_the_table(
     assert sample("event_stream_rebuilt_total") == rebuilt + 1
 
 
+async def test_nothing_new_is_added_to_a_stream_that_was_lost_a_moment_ago(
+    redis_server: RedisServer, redis: Client
+) -> None:
+    async with running_storage() as bench:
+        told = await bench.events((await bench.run_one()).id)
+    async with event_log(redis_server) as log:
+        assert await log.append(told[:3])
+        assert not await log.has_lost(None)
+        await redis.flushall()
+        assert not await log.append(told[3:])
+        assert await streamed(redis) == []
+        log.forget()
+        assert await log.append(told)
+        assert await streamed(redis) == told
+
+
 async def test_the_stream_is_trimmed_by_length_and_that_is_no_loss(redis_server: RedisServer, redis: Client) -> None:
     rebuilt = sample("event_stream_rebuilt_total")
     async with event_log(redis_server, stream_length=1000) as log, running_storage(event_log=log) as bench:

@@ -184,10 +184,10 @@ class _Stream:
 
     async def _give(self, events: list[Event], newest: tuple[str, int] | None) -> bool:
         """Return False if the stream has lost what it was given before, and was given nothing now."""
-        if await self._log.has_lost(newest):
+        if (not events or not self._log.placed) and await self._log.has_lost(newest):
             return False
-        if events:
-            await self._log.append(events)
+        if events and not await self._log.append(events):
+            return False
         if self.unwatched:
             self._looked = time.monotonic()
             await self._log.measure()

@@ -58,9 +58,9 @@ def encode(event: Event) -> str:
     return event.model_dump_json(exclude_none=True)
 
 
-def entry(event: Event, text: str) -> dict[str, str]:
-    """Return the fields of an event's entry in the stream; `text` is the event, encoded."""
-    return {"event": text, "type": event.type, "evaluation_id": event.evaluation_id, "seq": str(event.seq)}
+def entry(event: Event) -> dict[str, str]:
+    """Return the fields of an event's entry in the stream, in the order of `ENTRY`."""
+    return {"event": encode(event), "type": event.type, "evaluation_id": event.evaluation_id, "seq": str(event.seq)}
 
 
 def decode(fields: Mapping[str, str]) -> Event | None:

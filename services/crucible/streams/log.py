@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crucible import metrics
 from crucible.streams.connection import ANSWER_SECONDS, connect, stream_errors
-from crucible.streams.contract import STREAM, channel, encode, entry
+from crucible.streams.contract import ENTRY, STREAM, channel, encode, entry
 from crucible.streams.errors import StreamError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from crucible.events import Event
     from crucible.settings import BrokerSettings, EventSettings
 
+_APPEND = (Path(__file__).parent / "append.lua").read_text()
 # Longest that one call may take, however slowly the answer drips in.
 _CALL_SECONDS = 3 * ANSWER_SECONDS
 # What was appended last is looked for among this many; more than one batch, and than transactions overtake each other by.
@@ -75,21 +77,24 @@ class EventLog:
             self._last = tail[0][0]
         return not found
 
-    async def append(self, events: Sequence[Event]) -> None:
-        """Add events in their order, all or none, and publish each on its channel. The oldest beyond the length are trimmed."""
-        added = 0
+    async def append(self, events: Sequence[Event]) -> bool:
+        """Add events in their order, all or none, and publish each on its channel. The oldest beyond the length are trimmed.
+
+        Returns:
+            False if nothing was added because the stream lacks what was appended last, as `has_lost` says.
+        """
+        args: list[str | int] = [self._last or "", self.length]
+        for event in events:
+            fields = entry(event)
+            args += [channel(event.type), *(fields[name] for name in ENTRY)]
         with stream_errors():
-            async with asyncio.timeout(_CALL_SECONDS), self._redis.pipeline(transaction=True) as pipeline:
-                for event in events:
-                    text = encode(event)
-                    # Trimming exactly would cost more than the entries that it saves.
-                    pipeline.xadd(STREAM, entry(event, text), maxlen=self.length, approximate=True)
-                    pipeline.publish(channel(event.type), text)
-                answers = await pipeline.execute()
-        added = len(events)
-        if added:
-            self._last = answers[-2]
-            metrics.EVENT_STREAM_APPENDED.inc(added)
+            async with asyncio.timeout(_CALL_SECONDS):
+                last = await self._redis.eval(_APPEND, 1, STREAM, *args)
+        if last is None:
+            return False
+        self._last = last
+        metrics.EVENT_STREAM_APPENDED.inc(len(events))
+        return True
 
     async def measure(self) -> None:
         """Feed the metrics of the stream and its groups."""
