@@ -102,7 +102,12 @@ QUEUE_DEPTH = Gauge(
     ["size_class", "priority"],
     registry=REGISTRY,
 )
-QUEUE_OLDEST = Gauge("evaluation_queue_oldest_seconds", "Longest present wait", ["size_class"], registry=REGISTRY)
+QUEUE_OLDEST = Gauge(
+    "evaluation_queue_oldest_seconds",
+    "Longest present wait, by effective priority",
+    ["size_class", "priority"],
+    registry=REGISTRY,
+)
 DLQ_SIZE = Gauge("dlq_size", "Dead letters not yet replayed or deleted", registry=REGISTRY)
 DLQ_ADDITIONS = Counter(
     "dlq_additions_total", "Evaluations that became dead letters, by their last cause", ["reason"], registry=REGISTRY

@@ -409,6 +409,17 @@ def test_dead_letters_are_listed_and_missing_ones_named(cli: Cli) -> None:
     for command in ("replay", "delete"):
         items = cli.json("dead-letters", command, "4711", "4712", code=ExitCode.NOT_FOUND)["items"]
         assert [item["problem"]["status"] for item in items] == [404, 404]
+    assert cli.json("dead-letters", "replay", "--all")["items"] == []
+    assert "--all" in cli.problem("dead-letters", "replay", code=ExitCode.USAGE)["detail"]
+
+
+def test_without_a_broker_there_is_nothing_to_move(cli: Cli) -> None:
+    found = cli.json("broker", "migrate", "status")
+    assert (found["brokers"], found.get("phase")) == ([], None)
+    assert "database itself" in cli.run("broker", "migrate", "status").stdout.decode()
+    for step in (["start", "--share", "5"], ["drain", "--wait"], ["finish"], ["rollback"]):
+        problem = cli.problem("broker", "migrate", *step, code=ExitCode.REFUSED)
+        assert (problem["status"], "CRUCIBLE_LEGACY_BROKER_URL" in problem["detail"]) == (409, True)
 
 
 def test_a_new_key_works_until_it_is_revoked(cli: Cli) -> None:

@@ -29,8 +29,18 @@ PROMISED = {
     "dispatcher_jobs_created_total": {"result"},
     "storage_op_duration_seconds": {"backend", "op"},
     "dlq_size": set(),
+    "dlq_additions_total": {"reason"},
+    "dlq_retries_total": set(),
+    "broker_up": {"broker"},
+    "broker_published_total": {"broker", "result"},
+    "broker_publish_confirm_seconds": {"broker"},
+    "broker_queue_messages": {"broker", "queue"},
+    "broker_consumers": {"broker", "queue"},
+    "hint_backlog": set(),
+    "hint_oldest_seconds": set(),
+    "hints_repaired_total": {"why"},
     "evaluation_queue_depth": {"size_class", "priority"},
-    "evaluation_queue_oldest_seconds": {"size_class"},
+    "evaluation_queue_oldest_seconds": {"size_class", "priority"},
 }
 
 

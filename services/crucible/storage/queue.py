@@ -282,7 +282,7 @@ class Queue:
             rows = [bands.get((size, priority)) for priority in range(PRIORITY_MIN, PRIORITY_MAX + 1)]
             for priority, row in enumerate(rows, PRIORITY_MIN):
                 metrics.QUEUE_DEPTH.labels(size, priority).set(row["waiting"] if row else 0)
-            metrics.QUEUE_OLDEST.labels(size).set(max((row["oldest_seconds"] for row in rows if row), default=0.0))
+                metrics.QUEUE_OLDEST.labels(size, priority).set(max(0.0, row["oldest_seconds"]) if row else 0.0)
 
     async def _mean_hold(self) -> dict[SizeClass, float]:
         rows = await self._database.fetch(_MEAN_HOLD)
