@@ -233,17 +233,22 @@ class NamespaceNetwork:
 
     def heal(self) -> None:
         """Undo every cut."""
-        there = own_links()
         for node in self._connected:
             for end, bridge in ((_PEER_END, _PEER_BRIDGE), (_CLIENT_END, _CLIENT_BRIDGE)):
-                if self._link(end, node) in there:
-                    _run_ip(f"link set {self._link(end, node)} master {self._link(bridge)}")
+                self._for_existing({self._link(end, node)}, f"link set {{}} master {self._link(bridge)}")
 
     def _delete(self, names: set[str]) -> None:
+        self._for_existing(names, "link del {}")
+
+    @staticmethod
+    def _for_existing(names: set[str], command: str) -> None:
+        """Run a command for each of these that exists; those of a node that was killed go at any moment."""
         for name in names & own_links().keys():
-            # One whose namespace ends at this moment is gone already.
-            with contextlib.suppress(NetworkUnavailableError):
-                _run_ip(f"link del {name}")
+            try:
+                _run_ip(command.format(name))
+            except NetworkUnavailableError:
+                if name in own_links():
+                    raise
 
     def close(self) -> None:
         """Leave nothing behind."""

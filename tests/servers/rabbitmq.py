@@ -43,7 +43,7 @@ _PLUGINS = ("rabbitmq_management", "rabbitmq_prometheus")
 
 Alarm = Literal["disk", "memory"]
 _RAISE: Mapping[Alarm, Sequence[str]] = {
-    "disk": ("set_disk_free_limit", "1000TB"),
+    "disk": ("set_disk_free_limit", str(10**15)),
     "memory": ("set_vm_memory_high_watermark", "absolute", "1"),
 }
 _CLEAR: Mapping[Alarm, Sequence[str]] = {
@@ -148,6 +148,11 @@ class RabbitNode:
         wait_until(
             serving, timeout=START_SECONDS, poll=0.1, describe=f"{self.name} to serve", tolerate=(httpx.HTTPError,)
         )
+
+    def has_on_disk(self, queue: str) -> bool:
+        """Tell whether the node's list of the quorum queues that it holds, as it is on disk, has this one."""
+        lists = (self._folder / "data").glob("nodes/*/quorum/*/names.dets")
+        return any(queue.encode() in found.read_bytes() for found in lists)
 
     def check_alive(self) -> None:
         """Raise, with the end of its log, if it has no process.
@@ -318,7 +323,7 @@ class RabbitCluster:
             if self._tls is not None:
                 identities = setup.hostname(number), setup.network.client_address(number), "localhost"
                 self._tls.issue_into(folder / _CERTIFICATES_FOLDER, *identities)
-            self.nodes.append(RabbitNode(setup, number, folder, tls=self._tls is not None, ask=self._ask))
+            self.nodes.append(RabbitNode(setup, number, folder, tls=self._tls is not None, ask=self.ask))
         if not self.can_be_cut:
             self._names = self._start_name_server(setup)
         for node in self.nodes:
@@ -381,7 +386,8 @@ class RabbitCluster:
                 return node
         raise ServerError("no node of the cluster runs")
 
-    def _ask(self, node: RabbitNode, method: str, path: str, body: object = None) -> Any:
+    def ask(self, node: RabbitNode, method: str, path: str, body: object = None) -> Any:
+        """Call the management API of one node; `path` is what follows `/api/`."""
         answer = self._http.request(
             method,
             f"http://{node.address}:{MANAGEMENT_PORT}/api/{path}",
@@ -394,14 +400,18 @@ class RabbitCluster:
 
     def manage(self, method: str, path: str, body: object = None) -> Any:
         """Call the management API of a node that runs; `path` is what follows `/api/`."""
-        return self._ask(self._living(), method, path, body)
+        return self.ask(self._living(), method, path, body)
 
     def new_vhost(self) -> str:
-        """Make a virtual host of its own for a test; the administrator may do everything in it."""
+        """Make a virtual host for a test to have to itself, and return its name."""
         name = f"test-{secrets.token_hex(6)}"
+        self.make_vhost(name)
+        return name
+
+    def make_vhost(self, name: str) -> None:
+        """Make a virtual host in which the administrator may do everything."""
         self.manage("PUT", f"vhosts/{name}")
         self.manage("PUT", f"permissions/{name}/{ADMIN}", {"configure": ".*", "write": ".*", "read": ".*"})
-        return name
 
     def delete_vhost(self, name: str) -> None:
         """Delete a virtual host with all that is in it."""
@@ -423,6 +433,20 @@ class RabbitCluster:
         assert name is not None
         return self.node_named(name)
 
+    def await_on_disk(self, queue: str, vhost: str) -> None:
+        """Wait until every node has written down that it holds a quorum queue.
+
+        RabbitMQ does so seconds after a queue is declared (Ra keeps the list in a dets file). A queue that all nodes lose
+        their power before comes back empty, whatever was confirmed.
+        """
+        name = f"{vhost}_{queue}"
+        wait_until(
+            lambda: all(node.has_on_disk(name) for node in self.nodes),
+            timeout=SETTLE_SECONDS,
+            poll=0.1,
+            describe=f"{queue} to be on the disk of every node",
+        )
+
     def cut_off(self, *nodes: RabbitNode, clients: bool = True) -> None:
         """Part these nodes from the others and, if `clients`, from this machine; among themselves they still talk."""
         assert self._network is not None
@@ -436,15 +460,26 @@ class RabbitCluster:
     def set_alarm(self, alarm: Alarm) -> None:
         """Have a node say that its disk or memory is short, which blocks publishers to every node."""
         node = self._living()
-        node.ctl(*_RAISE[alarm])
         self._alarms[alarm] = node
+        node.ctl(*_RAISE[alarm])
+        wait_until(lambda: self._alarmed(node), timeout=SETTLE_SECONDS, poll=0.1, describe=f"the {alarm} alarm")
 
     def clear_alarms(self) -> None:
-        """Undo `set_alarm`."""
+        """Undo `set_alarm`; a node that was started again since has undone it."""
         for alarm, node in self._alarms.items():
             if node.alive():
                 node.ctl(*_CLEAR[alarm])
         self._alarms.clear()
+
+    def _alarmed(self, node: RabbitNode) -> bool:
+        """Tell whether a node knows of an alarm of any node."""
+        try:
+            self.ask(node, "GET", "health/checks/alarms")
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+                return True
+            raise
+        return False
 
     def why_unhealthy(self) -> str | None:
         """Return what is wrong with the cluster, or None."""
@@ -452,16 +487,15 @@ class RabbitCluster:
             if not node.alive():
                 return f"{node.name} does not run"
             try:
-                seen = {peer["name"]: peer for peer in self._ask(node, "GET", "nodes")}
-                self._ask(node, "GET", f"health/checks/port-listener/{AMQP_PORT}")
+                running = {peer["name"] for peer in self.ask(node, "GET", "nodes") if peer["running"]}
+                self.ask(node, "GET", f"health/checks/port-listener/{AMQP_PORT}")
+                alarmed = self._alarmed(node)
             except httpx.HTTPError as error:
                 return f"{node.name}: {error}"
-            for peer in self.nodes:
-                state = seen.get(peer.name, {})
-                if not state.get("running"):
-                    return f"{node.name} does not see {peer.name}"
-                if state.get("mem_alarm") or state.get("disk_free_alarm"):
-                    return f"{peer.name} has an alarm"
+            if missed := {peer.name for peer in self.nodes} - running:
+                return f"{node.name} does not see {', '.join(sorted(missed))}"
+            if alarmed:
+                return f"{node.name} knows of an alarm"
         return None
 
     def await_healthy(self) -> None:
