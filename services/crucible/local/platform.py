@@ -249,12 +249,9 @@ class Platform:
         self.url = server.url
 
     def _announce(self) -> None:
-        server = {
-            "url": self.url,
-            "api_key": self.api_key,
-            "pid": os.getpid(),
-            "workers": [process.pid for process in self._worker_processes],
-        }
+        server: dict[str, object] = {"url": self.url, "api_key": self.api_key, "pid": os.getpid()}
+        if self._worker_processes:
+            server["workers"] = [process.pid for process in self._worker_processes]
         _write_private(self.server_file, json.dumps(server) + "\n")
         self._stack.callback(self.server_file.unlink, missing_ok=True)
         log.info("platform started", url=self.url, data_dir=str(self.settings.data_dir), sandbox=self.runtime)
