@@ -15,7 +15,7 @@ from crucible.evaluation import Reason
 from crucible.events import DATA, Event, EventType, InProcessBus, Lagged
 from crucible.frames import Frame, Kind
 from tests.support.capabilities import needs
-from tests.support.events import all_entries, event_log, listening, redis_client
+from tests.support.events import Channels, all_entries, event_log, listening, redis_client
 from tests.support.folders import scratch_dir
 from tests.support.platform import Client, running_platform
 from tests.support.storage import WORKER, running_storage
@@ -77,12 +77,27 @@ async def hear(queue: asyncio.Queue[Event | Lagged], *, steps: int) -> list[Even
     return heard
 
 
-@needs("postgres", "sandbox")
-async def test_every_event_of_every_kind_of_life_keeps_to_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+async def heard_by_channels(channels: Channels, *, steps: int) -> list[dict[str, Any]]:
+    """Listen to Redis until so many steps were said."""
+
+    def enough() -> bool:
+        return sum(name != "evaluation:output" for name, _ in channels.said) >= steps
+
+    await wait_until_async(enough, timeout=10, describe=f"the channels to say {steps} steps")
+    return [event for _, event in channels.said]
+
+
+@needs("postgres", "sandbox", "redis")
+async def test_every_event_of_every_kind_of_life_keeps_to_its_schema(
+    monkeypatch: pytest.MonkeyPatch, redis_server: RedisServer
+) -> None:
     bus = InProcessBus()
     monkeypatch.setattr("crucible.local.platform.InProcessBus", lambda: bus)
     for folder in scratch_dir():
-        async with running_platform(folder) as (_, client):
+        async with (
+            running_platform(folder, redis_url=redis_server.url) as (_, client),
+            listening(redis_server.url) as channels,
+        ):
             with bus.subscribe(lambda _: True) as queue:
                 start = (await client.http.get("/v1/events")).json()["cursor"]
                 ended = await lives(client)
@@ -94,6 +109,7 @@ async def test_every_event_of_every_kind_of_life_keeps_to_its_schema(monkeypatch
                     "events"
                 ]
                 published = await hear(queue, steps=sum(map(len, read.values())))
+                said = await heard_by_channels(channels, steps=sum(map(len, read.values())))
     for one in ended:
         events = read[one["id"]]
         assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
@@ -107,10 +123,17 @@ async def test_every_event_of_every_kind_of_life_keeps_to_its_schema(monkeypatch
     assert len(everyone) == sum(map(len, read.values()))
     for event in published:
         hold_to_contract(json.loads(event.model_dump_json(exclude_none=True)))
+    for event in said:
+        hold_to_contract(event)
+    assert {str(event.type) for event in published} == {event["type"] for event in said}
     assert EventType.OUTPUT in {event.type for event in published}
     for name, events in read.items():
         steps = [event.seq for event in published if event.evaluation_id == name and event.type is not EventType.OUTPUT]
         assert steps == [event["seq"] for event in events], "the bus tells each step, in order"
+        told = [Event.model_validate(event) for event in said if event["evaluation_id"] == name]
+        assert [event for event in told if event.type is not EventType.OUTPUT] == [
+            Event.model_validate(event) for event in events
+        ], "so do the channels"
 
 
 @needs("postgres")

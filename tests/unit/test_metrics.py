@@ -15,8 +15,7 @@ from crucible.service import make_app
 
 pytestmark = pytest.mark.unit
 
-# The platform's list (name: labels at least). What needs a cluster (watch lag, leadership, gVisor nodes, RabbitMQ's queues, consumers of
-# Redis Streams) comes with the parts that have it.
+# The platform's list (name: labels at least). What needs a cluster (watch lag, leadership, gVisor nodes) comes with the parts that have it.
 PROMISED = {
     "http_requests_total": {"service", "route", "code"},
     "http_request_duration_seconds": {"service", "route", "code"},
@@ -36,6 +35,16 @@ PROMISED = {
     "broker_publish_confirm_seconds": {"broker"},
     "broker_queue_messages": {"broker", "queue"},
     "broker_consumers": {"broker", "queue"},
+    "event_published_total": {"type"},
+    "event_redelivered_total": {"group"},
+    "event_out_of_order_total": {"group"},
+    "event_dead_total": {"group"},
+    "event_stream_up": {"part"},
+    "event_stream_lag": {"group"},
+    "event_stream_pending": {"group"},
+    "event_stream_entries": set(),
+    "event_stream_appended_total": set(),
+    "event_stream_rebuilt_total": set(),
     "hint_backlog": set(),
     "hint_oldest_seconds": set(),
     "hints_repaired_total": {"why"},
