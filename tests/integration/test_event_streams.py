@@ -19,6 +19,7 @@ from crucible import contracts as c
 from crucible import metrics
 from crucible.api.app import Api, make_api_app
 from crucible.auth import make_key
+from crucible.cli.exit_codes import ExitCode
 from crucible.clients import DispatcherClient, http_client
 from crucible.evaluation import Reason
 from crucible.events import Event, EventType, Lagged
@@ -179,7 +180,7 @@ async def test_a_redis_that_is_away_delays_nothing_and_what_waits_for_it_is_told
     redis_server.kill()
     began = time.monotonic()
     ids = await lead_lives(bench, 5)
-    assert time.monotonic() - began < 2, "submissions, claims and ends do not wait for Redis"
+    assert time.monotonic() - began < 4, "submissions, claims and ends do not wait for Redis"
     await bus_heard(bench, ids, timeout=2)
 
     await wait_until_async(
@@ -202,11 +203,11 @@ async def test_a_redis_that_is_away_delays_nothing_and_what_waits_for_it_is_told
 async def test_a_redis_that_hangs_does_not_hold_up_the_bus(bench: Bench, redis: Client) -> None:
     await lead_lives(bench, 1)
     await all_streamed(redis, bench)
-    await redis.execute_command("CLIENT", "PAUSE", "1500", "ALL")
+    await redis.execute_command("CLIENT", "PAUSE", "4000", "ALL")
     began = time.monotonic()
     ids = await lead_lives(bench, 3)
-    await bus_heard(bench, ids, timeout=1)
-    assert time.monotonic() - began < 1.2
+    await bus_heard(bench, ids, timeout=3)
+    assert time.monotonic() - began < 3
     found = await all_streamed(redis, bench)
     assert {each: seqs(found)[each] for each in ids} == {each: [1, 2, 3, 4, 5] for each in ids}
     assert set(Counter((event.evaluation_id, event.seq) for event in bench.heard).values()) == {1}
@@ -321,7 +322,7 @@ async def test_what_a_dead_consumer_held_is_claimed_by_another_within_the_idle_t
             await wait_until_async(
                 lambda: len(table.events) >= 4 * STEPS - 2, timeout=8, describe="the heir to have what was left"
             )
-            assert time.monotonic() - died < 1.0 * 1.5 + 2
+            assert time.monotonic() - died < 5
     assert seqs(done + table.events) == {each: [1, 2, 3, 4, 5] for each in ids}
     assert sample("event_redelivered_total", group="test") - redelivered == 4 * STEPS - 2
     assert [group["pending"] for group in await redis.xinfo_groups(STREAM)] == [0]
@@ -486,16 +487,16 @@ async def test_an_api_that_hears_through_redis_misses_no_end_while_redis_comes_a
         await wait_until_async(
             lambda: sample("event_stream_up", part="bus") == 1, timeout=5, describe="the bus to listen"
         )
-        assert await ends_while(nothing) < 0.5
-        # Every mark that Redis is still away makes the streams look at the table: 3 s apart at most.
-        assert await ends_while(killed) < 4
-        assert await ends_while(back) < 4
-        assert await ends_while(wiped) < 4
+        assert await ends_while(nothing) < 2
+        # By themselves streams look at the table every 15 s; the marks that Redis is away, at most 3 s apart, make them look now.
+        assert await ends_while(killed) < 6
+        assert await ends_while(back) < 6
+        assert await ends_while(wiped) < 6
         await wait_until_async(
             lambda: sample("event_stream_up", part="bus") == 1, timeout=5, describe="the bus to listen"
         )
         await all_streamed(redis, bench)
-        assert await ends_while(nothing) < 0.5
+        assert await ends_while(nothing) < 2
         assert api.health.problems() == {}
 
 
@@ -641,13 +642,12 @@ async def test_the_command_prints_every_event_once_and_goes_on_where_it_left(
 ) -> None:
     ids = await lead_lives(bench, 2)
     found = await all_streamed(redis, bench)
+    command = [sys.executable, "-m", "crucible.cli.main", "events", "consume", "--group", "forward"]
+    environment = os.environ | {"CRUCIBLE_REDIS_URL": redis_server.url, "CRUCIBLE_EVENTS__CLAIM_IDLE_SECONDS": "0.5"}
     printed: list[dict[str, Any]] = []
     for count in (4, 6):
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "crucible.cli.main", "events", "consume", "--group", "forward", "--count", str(count)),
-            env=os.environ | {"CRUCIBLE_REDIS_URL": redis_server.url},
-            stdout=asyncio.subprocess.PIPE,
+            *command, "--count", str(count), env=environment, stdout=asyncio.subprocess.PIPE
         )
         out, _ = await asyncio.wait_for(process.communicate(), 20)
         assert process.returncode == 0
@@ -655,3 +655,17 @@ async def test_the_command_prints_every_event_once_and_goes_on_where_it_left(
     assert [Event.model_validate(each) for each in printed] == found
     assert {each["evaluation_id"] for each in printed} == set(ids)
     assert [group["consumers"] for group in await redis.xinfo_groups(STREAM)] == [0], "who leaves takes its name along"
+
+    # Whoever reads it goes away: so does the command, and what was not read by anyone is not acknowledged.
+    record = await bench.submit()
+    await all_streamed(redis, bench)
+    read, write = os.pipe()
+    os.close(read)
+    process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=write)
+    os.close(write)
+    assert await asyncio.wait_for(process.wait(), 20) == ExitCode.READER_GONE
+    process = await asyncio.create_subprocess_exec(
+        *command, "--count", "2", env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 20)
+    assert [json.loads(line)["evaluation_id"] for line in out.decode().splitlines()] == [record.id] * 2

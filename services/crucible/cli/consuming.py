@@ -71,7 +71,7 @@ async def _consume(
     session: Session, url: SecretStr, settings: Settings, *, group: str, name: str, count: int | None
 ) -> None:
     from crucible.events import Lagged  # noqa: PLC0415 - slow to import, and only this needs it
-    from crucible.streams.consumer import EventConsumer  # noqa: PLC0415
+    from crucible.streams.consumer import EventConsumer, StopConsuming  # noqa: PLC0415
     from crucible.streams.contract import encode  # noqa: PLC0415
 
     consumer = EventConsumer(url, settings.events, settings.broker, group=group, name=name)
@@ -80,14 +80,19 @@ async def _consume(
         if isinstance(item, Lagged):
             session.note("events before the next may be missing; GET /v1/events has them")
             return
-        sys.stdout.write(encode(item) + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(encode(item) + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            raise StopConsuming from error
 
     running = asyncio.create_task(consumer.run(write, limit=count))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, running.cancel)
     try:
         await running
+    except StopConsuming:
+        raise BrokenPipeError from None
     finally:
         await consumer.aclose()
 

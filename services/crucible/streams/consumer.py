@@ -47,6 +47,10 @@ Fields: TypeAlias = dict[str, str]
 Handler: TypeAlias = "Callable[[Event | Lagged], Awaitable[None]]"
 
 
+class StopConsuming(Exception):  # noqa: N818 - a wish, no error
+    """Raised by a handler: end the run. The event that it was given is not acknowledged."""
+
+
 class _Handled:
     """Remembers what was handled, by evaluation, for as many evaluations as fit."""
 
@@ -107,6 +111,9 @@ class EventConsumer:
         `handle` gets each event at least once and must not mind a repetition. `Lagged` means that events may be missing: the
         group is new, Redis lost it, or more was trimmed than was read; whoever keeps a state reads the table then. An exception
         is a failed delivery: the event comes again after `claim_idle_seconds`, to whichever consumer asks first.
+
+        Raises:
+            StopConsuming: `handle` raised it.
         """
         self._left = math.inf if limit is None else limit
         while self._left > 0:
@@ -250,8 +257,7 @@ class EventConsumer:
         try:
             async with asyncio.timeout(self._idle_s):
                 await handle(item)
-        except (BrokenPipeError, KeyboardInterrupt):
-            # Whoever reads what the handler writes is gone; so should the consumer be.
+        except StopConsuming:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is a failed delivery
             return f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS]
