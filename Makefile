@@ -18,9 +18,15 @@ FILES = git ls-files --cached --others --exclude-standard
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+DEMO_ := $(BIN)/crucible demo
+DEMO_rabbitmq := $(BIN)/python -m tests.servers.demo
 .PHONY: demo
-demo: setup-run ## Set up, start the platform, run a mixed batch of evaluations and explain each outcome
-	$(BIN)/crucible demo
+demo: setup-run ## Set up, run a mixed batch and explain each outcome (BROKER=rabbitmq: through a cluster that loses a node)
+	$(or $(DEMO_$(BROKER)),$(error BROKER=$(BROKER) is not known here: leave it out, or say BROKER=rabbitmq))
+
+.PHONY: servers
+servers: setup-run ## Run a RabbitMQ cluster and a Redis in the foreground, and print the settings that name them
+	$(BIN)/python -m tests.servers
 
 .PHONY: test
 test: lint test-unit test-integration ## Set up and run every tier that exists, cheapest first
@@ -37,6 +43,10 @@ test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
 .PHONY: bench
 bench: setup-dev ## Measure latency and throughput against bare sandboxes on this machine
 	$(BIN)/python benchmarks/run.py
+
+.PHONY: bench-broker
+bench-broker: setup-dev ## Measure publishing, consuming and the relay beside raw kombu on a real cluster of three
+	$(BIN)/python -m benchmarks.broker
 
 .PHONY: setup-run
 setup-run:

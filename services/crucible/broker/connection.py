@@ -82,7 +82,11 @@ def heartbeat(settings: BrokerSettings) -> int:
 def transport_options(url: BrokerUrl, settings: BrokerSettings) -> dict[str, Any]:
     """Return what kombu's transport must know, for our own connections and for Celery's."""
     if url.kind == "rabbitmq":
-        return {"read_timeout": ANSWER_SECONDS, "client_properties": {"connection_name": "crucible"}}
+        return {
+            "read_timeout": ANSWER_SECONDS,
+            "write_timeout": ANSWER_SECONDS,
+            "client_properties": {"connection_name": "crucible"},
+        }
     return {
         "priority_steps": list(transports.REDIS_PRIORITY_STEPS),
         # Across queues too, the highest priority first.

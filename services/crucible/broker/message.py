@@ -38,10 +38,34 @@ class Message:
     properties: dict[str, Any]
 
 
-def build(app: Celery, hint: Hint) -> Message:
-    """Return the message of a hint. The task's id is the evaluation's, so that the two are found under one name."""
-    task = app.amqp.as_task_v2(hint.evaluation_id, TASK, args=(hint.evaluation_id,), ignore_result=True)
-    content_type, content_encoding, body = serialization.dumps(task.body, serializer="json")
-    headers = {**task.headers, "traceparent": hint.traceparent} if hint.traceparent else task.headers
-    properties = {**task.properties, "delivery_mode": PERSISTENT}
-    return Message(body, content_type, content_encoding, headers, properties)
+class Writer:
+    """Writes messages as Celery does, from one that Celery wrote: making each anew takes it longer than sending it does."""
+
+    # Within JSON and within a Python literal it is written as it stands, as every evaluation's id is.
+    _PLACE = "ev-00000000000000000000000000"
+
+    def __init__(self, app: Celery) -> None:
+        task = app.amqp.as_task_v2(self._PLACE, TASK, args=(self._PLACE,), ignore_result=True)
+        self._content_type, self._content_encoding, self._body = serialization.dumps(task.body, serializer="json")
+        # What is not set is left out: a worker reads a missing header as none.
+        self._headers = {name: value for name, value in task.headers.items() if value is not None}
+        self._properties = {**task.properties, "delivery_mode": PERSISTENT}
+
+    def write(self, hint: Hint) -> Message:
+        """Return the message of a hint. The task's id is the evaluation's, so that the two are found under one name."""
+        name = hint.evaluation_id
+        headers = {
+            **self._headers,
+            "id": name,
+            "root_id": name,
+            "argsrepr": self._headers["argsrepr"].replace(self._PLACE, name),
+        }
+        if hint.traceparent:
+            headers["traceparent"] = hint.traceparent
+        return Message(
+            self._body.replace(self._PLACE, name),
+            self._content_type,
+            self._content_encoding,
+            headers,
+            {**self._properties, "correlation_id": name},
+        )

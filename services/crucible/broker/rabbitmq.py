@@ -20,7 +20,7 @@ from crucible.broker import topology
 from crucible.broker.celery_app import make_app
 from crucible.broker.connection import close, connect, explain_refusal
 from crucible.broker.errors import BrokerError, BrokerReason
-from crucible.broker.message import Hint, build
+from crucible.broker.message import Hint, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,10 +78,10 @@ class _Channel:
         for outcome in (self._waiting, self.confirmed, self.refused, self.returned):
             outcome.clear()
 
-    def send(self, index: int, message: amqp.Message, routing_key: str, timeout: float) -> None:
+    def send(self, index: int, message: amqp.Message, routing_key: str) -> None:
         self._tag += 1
         self._waiting[self._tag] = index
-        self.channel.basic_publish(message, topology.EXCHANGE, routing_key, mandatory=True, timeout=timeout)
+        self.channel.basic_publish(message, topology.EXCHANGE, routing_key, mandatory=True)
 
     def await_confirms(self, deadline: float) -> None:
         """Return when all is confirmed or refused, the time is over, or an alarm blocks the connection."""
@@ -133,7 +133,7 @@ class RabbitLink:
     def __init__(self, url: BrokerUrl, settings: BrokerSettings) -> None:
         self._url = url
         self._settings = settings
-        self._app = make_app(url, settings)
+        self._writer = Writer(make_app(url, settings))
         self._channel: _Channel | None = None
         # The node that failed last: it may be alive and cut off from the others, and is tried last.
         self._failed: tuple[str | None, int | None] | None = None
@@ -174,7 +174,7 @@ class RabbitLink:
                     channel.await_confirms(deadline)
                     if not channel.proven:
                         break
-                message = build(self._app, hint)
+                message = self._writer.write(hint)
                 wire = channel.channel.prepare_message(
                     message.body,
                     priority=hint.priority,
@@ -183,8 +183,7 @@ class RabbitLink:
                     headers=message.headers,
                     properties=message.properties,
                 )
-                left = max(deadline - time.monotonic(), 0.01)
-                channel.send(index, wire, topology.routing_key(hint.size_class), left)
+                channel.send(index, wire, topology.routing_key(hint.size_class))
             channel.await_confirms(deadline)
         except (OSError, amqp_errors.AMQPError) as error:
             return self._lost(error)

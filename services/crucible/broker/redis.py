@@ -16,7 +16,7 @@ from crucible.broker import topology
 from crucible.broker.celery_app import make_app
 from crucible.broker.connection import close, connect
 from crucible.broker.errors import BrokerError, BrokerReason
-from crucible.broker.message import Hint, build
+from crucible.broker.message import Hint, Writer
 from crucible.broker.transports import redis_priority
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class RedisLink:
     def __init__(self, url: BrokerUrl, settings: BrokerSettings) -> None:
         self._url = url
         self._settings = settings
-        self._app = make_app(url, settings)
+        self._writer = Writer(make_app(url, settings))
         self._connection: Connection | None = None
 
     def publish(self, hints: Sequence[Hint], timeout: float) -> list[bool]:
@@ -54,7 +54,7 @@ class RedisLink:
         return results + [False] * (len(hints) - len(results))
 
     def _put(self, hint: Hint, channel: Any) -> None:
-        message = build(self._app, hint)
+        message = self._writer.write(hint)
         wire = channel.prepare_message(
             message.body,
             priority=redis_priority(hint.priority),
