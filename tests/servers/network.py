@@ -89,6 +89,10 @@ def _run_ip(*commands: str, namespace_of: int | None = None) -> str:
     return done.stdout
 
 
+def _mac(host: int) -> str:
+    return f"02:00:00:00:00:{host:02x}"
+
+
 def own_links() -> dict[str, int]:
     """Return the interfaces on this machine that are of this module's making, each with its maker's process id."""
     links = [link["ifname"] for link in json.loads(_run_ip("link show"))]
@@ -180,7 +184,8 @@ class NamespaceNetwork:
         bridges = [self._link(role) for role in (_PEER_BRIDGE, _ISLAND_BRIDGE, _CLIENT_BRIDGE)]
         try:
             _run_ip(
-                *(f"link add {bridge} type bridge" for bridge in bridges),
+                # An address of its own: it would otherwise take one of its ports', and another when that port goes.
+                *(f"link add {bridge} address {_mac(_HOST)} type bridge" for bridge in bridges),
                 *(f"link set {bridge} up" for bridge in bridges),
                 f"addr add {self.client_address(_HOST)}/24 dev {self._link(_CLIENT_BRIDGE)}",
             )
@@ -206,11 +211,13 @@ class NamespaceNetwork:
     def connect(self, node: int, pid: int) -> None:
         """Give the process that a node has just become its interfaces."""
         peer, client = self._link(_PEER_END, node), self._link(_CLIENT_END, node)
+        # The same in each of its lives, as a machine's is: the others remember it for half a minute.
+        mac = _mac(node)
         # The kernel removes those of the node's earlier life in its own time.
         self._delete({peer, client})
         _run_ip(
-            f"link add {peer} type veth peer name peers netns {pid}",
-            f"link add {client} type veth peer name clients netns {pid}",
+            f"link add {peer} type veth peer name peers address {mac} netns {pid}",
+            f"link add {client} type veth peer name clients address {mac} netns {pid}",
             f"link set {peer} master {self._link(_PEER_BRIDGE)} up",
             f"link set {client} master {self._link(_CLIENT_BRIDGE)} up",
         )
