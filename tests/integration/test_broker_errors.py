@@ -89,6 +89,15 @@ def test_a_wrong_password_and_a_wrong_user_are_told_as_such(installed: Installat
         assert "CRUCIBLE_BROKER_URL" in error.hint
 
 
+def test_a_password_of_any_characters_works_once_it_is_written_as_the_message_says(installed: Installation) -> None:
+    installed.passwords["crucible-storage"] = "a/b?c#d@e:f,g%h i\\ü"
+    installed.apply()
+    url = installed.url("crucible-storage")
+    close(connect(url, QUICK))
+    with make_app(url, QUICK).connection_for_read() as connection:
+        connection.connect()
+
+
 def test_a_virtual_host_that_is_not_there_or_not_for_this_user_is_named(installed: Installation) -> None:
     missing = refused(installed.cluster.url(vhost="elsewhere"))
     assert (missing.reason, "'elsewhere'" in missing.message) == (BrokerReason.VHOST, True)
