@@ -50,8 +50,9 @@ _UNTOLD = f"SELECT o.event_id, o.told, e.* {_JOINED} WHERE NOT o.told ORDER BY o
 _OLDEST = f"SELECT e.at {_JOINED} ORDER BY o.event_id LIMIT 1"
 _TOLD = "UPDATE outbox SET told = true WHERE event_id = ANY($1) AND NOT told"
 _DONE = "DELETE FROM outbox WHERE event_id = ANY($1)"
+# Not EXISTS, which the planner may turn into a join of all with all where it believes the outbox to be empty.
 _NEWEST_HANDED_OVER = """
-SELECT evaluation_id, seq FROM events AS e WHERE NOT EXISTS (SELECT FROM outbox AS o WHERE o.event_id = e.id)
+SELECT evaluation_id, seq FROM events AS e WHERE (SELECT o.event_id FROM outbox AS o WHERE o.event_id = e.id) IS NULL
  ORDER BY xact DESC, id DESC LIMIT 1"""
 _AGAIN = """
 INSERT INTO outbox (event_id, evaluation_id, seq, told)
