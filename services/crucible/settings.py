@@ -283,9 +283,21 @@ class Settings(BaseSettings):
     @classmethod
     def _name_variables(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
-            return handler(values)
+            settings = handler(values)
         except ValidationError as error:
             # Never the value: it may be a secret.
             problems = error.errors(include_input=False, include_url=False, include_context=False)
             lines = [f"{env_name(*found['loc'])}: {found['msg'].removeprefix('Value error, ')}" for found in problems]
             raise SettingsError("\n".join(lines)) from None
+        _check_hold(settings)
+        return settings
+
+
+def _check_hold(settings: Settings) -> None:
+    """Raise if the broker would take messages away from workers that still run what they name."""
+    hold, longest = settings.broker.consumer_timeout_seconds, settings.limits.timeout_max_s
+    if (settings.broker_url or settings.broker.management_url) and hold <= longest:
+        raise SettingsError(
+            f"{env_name('broker', 'consumer_timeout_seconds')}: is {hold:g} s and must be more than the longest evaluation "
+            f"({env_name('limits', 'timeout_max_s')}, {longest} s)"
+        )

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from crucible.broker.connection import BrokerError
+from crucible.broker.errors import BrokerError
 from crucible.broker.publisher import Publisher
 from crucible.broker.topology import VHOST, queue_name
 from crucible.broker.urls import BrokerUrl

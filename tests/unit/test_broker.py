@@ -12,10 +12,10 @@ import pytest
 
 from crucible.broker import definitions, verify
 from crucible.broker.errors import BrokerError, BrokerReason
-from crucible.broker.topology import USERS, check_hold, queue_name, topology
+from crucible.broker.topology import USERS, queue_name, topology
 from crucible.broker.urls import BrokerUrl
-from crucible.limits import Limits, SizeClass
-from crucible.settings import BrokerSettings, SettingsError
+from crucible.limits import SizeClass
+from crucible.settings import BrokerSettings
 
 pytestmark = pytest.mark.unit
 
@@ -88,14 +88,6 @@ def test_passwords_come_from_the_environment_or_from_files_and_what_is_missing_i
         definitions.read_passwords({f"{name}_FILE": str(tmp_path / "absent")})
     with pytest.raises(definitions.PasswordError, match="_WORKER, CRUCIBLE_BROKER_PASSWORD_MONITOR"):
         definitions.definitions(SETTINGS, "crucible", {"crucible-storage": SECRET})
-
-
-def test_a_worker_may_hold_a_message_for_longer_than_the_longest_evaluation_runs() -> None:
-    check_hold(SETTINGS, Limits())
-    with pytest.raises(
-        SettingsError, match=r"^CRUCIBLE_BROKER__CONSUMER_TIMEOUT_SECONDS: .*CRUCIBLE_LIMITS__TIMEOUT_MAX_S"
-    ):
-        check_hold(BrokerSettings(consumer_timeout_seconds=3600), Limits(timeout_max_s=3600))
 
 
 def observed(**changes: Any) -> verify.Observed:

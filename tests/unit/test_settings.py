@@ -36,6 +36,8 @@ def leaves(model: type[BaseModel], *path: str) -> Iterator[tuple[tuple[str, ...]
 LEAVES = dict(leaves(Settings))
 # Fields whose limits must agree with others', or whose form is JSON: a value that is not the default and fits.
 FITTING: dict[tuple[str, ...], tuple[str, Any]] = {
+    ("storage_url",): ("http://storage:8082", "http://storage:8082"),
+    ("dispatcher_url",): ("http://dispatcher:8090", "http://dispatcher:8090"),
     ("limits", "images"): ('["python", "pypy"]', ("python", "pypy")),
     ("limits", "profile_default"): ("medium", "medium"),
     ("storage", "objects_fallback_urls"): ('["file:///a", "s3://b/c"]', ("file:///a", "s3://b/c")),
@@ -203,3 +205,15 @@ def test_secrets_do_not_print_themselves(monkeypatch: pytest.MonkeyPatch) -> Non
     settings = Settings()
     assert "hunter2" not in f"{settings!r} {settings} {settings.model_dump()}"
     assert "hunter2" not in settings.model_dump_json()
+
+
+def test_with_a_broker_a_message_may_be_held_for_longer_than_the_longest_evaluation_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CRUCIBLE_BROKER__CONSUMER_TIMEOUT_SECONDS", "3600")
+    Settings()
+    monkeypatch.setenv("CRUCIBLE_BROKER_URL", "amqp://user:secret@rabbit/crucible")
+    with pytest.raises(
+        SettingsError, match=r"^CRUCIBLE_BROKER__CONSUMER_TIMEOUT_SECONDS: .*CRUCIBLE_LIMITS__TIMEOUT_MAX_S"
+    ):
+        Settings()

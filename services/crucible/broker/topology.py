@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crucible.limits import SizeClass
-from crucible.settings import SettingsError, env_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from crucible.limits import Limits
     from crucible.settings import BrokerSettings
 
 VHOST = "crucible"
@@ -128,15 +126,6 @@ def topology(settings: BrokerSettings) -> Topology:
             Binding(DEAD_EXCHANGE, DEAD_QUEUE, "#"),
         ),
     )
-
-
-def check_hold(settings: BrokerSettings, limits: Limits) -> None:
-    """Raise `SettingsError` if the broker would take messages away from workers that still run what they name."""
-    if settings.consumer_timeout_seconds <= limits.timeout_max_s:
-        raise SettingsError(
-            f"{env_name('broker', 'consumer_timeout_seconds')}: is {settings.consumer_timeout_seconds:g} s and must be more "
-            f"than the longest evaluation ({env_name('limits', 'timeout_max_s')}: {limits.timeout_max_s} s)"
-        )
 
 
 def _exactly(*names: str) -> str:

@@ -56,7 +56,7 @@ def definitions(
     from crucible.broker import definitions as document  # noqa: PLC0415 - slow to import, and only this needs it
 
     with _errors(session):
-        settings = _settings()
+        settings = local_settings()
         passwords = document.read_passwords(os.environ)
         found = document.definitions(settings.broker, _vhost(settings, vhost), passwords)
     text = json.dumps(found, indent=2) + "\n"
@@ -81,7 +81,7 @@ def apply(session: Session, *, vhost: VHost = None, members: Members = 3) -> Non
     from crucible.broker.management import Management  # noqa: PLC0415
 
     with _errors(session):
-        settings = _settings()
+        settings = local_settings()
         passwords = document.read_passwords(os.environ)
         with Management(settings.broker) as api:
             applied = compare.apply(api, settings.broker, _vhost(settings, vhost), passwords, members=members)
@@ -99,21 +99,13 @@ def verify(session: Session, *, vhost: VHost = None, members: Members = 3) -> No
     from crucible.broker.management import Management  # noqa: PLC0415
 
     with _errors(session):
-        settings = _settings()
+        settings = local_settings()
         name = _vhost(settings, vhost)
         with Management(settings.broker) as api:
             found = compare.differences(compare.observe(api, name), settings.broker, name, members=members)
     session.emit({"differences": [_document(difference) for difference in found]}, lambda: _view(found))
     if found:
         raise typer.Exit(ExitCode.NOT_COMPLETED)
-
-
-def _settings() -> Settings:
-    from crucible.broker.topology import check_hold  # noqa: PLC0415 - slow to import, and only a command that runs needs it
-
-    settings = local_settings()
-    check_hold(settings.broker, settings.limits)
-    return settings
 
 
 def _vhost(settings: Settings, given: str | None) -> str:
@@ -131,15 +123,14 @@ def _errors(session: Session) -> Iterator[None]:
     """Report what is wrong with the broker or with the settings, and leave with the exit code for it."""
     from crucible.broker.definitions import PasswordError  # noqa: PLC0415 - slow to import, and only a command that runs needs it
     from crucible.broker.errors import BrokerError, BrokerReason  # noqa: PLC0415
-    from crucible.settings import SettingsError  # noqa: PLC0415
 
     try:
         yield
-    except (PasswordError, SettingsError) as error:
+    except PasswordError as error:
         raise typer.BadParameter(str(error), param_hint="environment") from None
     except BrokerError as error:
-        problem = {"type": "about:blank", "title": f"The broker: {error.message}", "detail": error.hint}
-        session.report(problem | {"reason": error.reason})
+        title = error.message[0].upper() + error.message[1:]
+        session.report({"type": "about:blank", "title": title, "detail": error.hint, "reason": error.reason})
         if error.reason is BrokerReason.URL:
             raise typer.Exit(ExitCode.USAGE) from None
         raise typer.Exit(ExitCode.UNAVAILABLE if error.passing else ExitCode.REFUSED) from None
