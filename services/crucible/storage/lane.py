@@ -52,7 +52,9 @@ log = logs.get_logger("storage.hints")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_BATCH = 500
+# Hints at a time: many, since confirms are awaited together, and few enough that what is urgent is soon in the next batch.
+_BATCH_LEAST, _BATCH_MOST = 50, 500
+_BATCH_S = 0.1
 # What no bell tells of (a raised priority, the end of a rest) waits this long at most.
 _POLL_S = 0.5
 _CONFIRM_S = 5.0
@@ -153,6 +155,7 @@ class Lane:
         self._strays = _strays(ALL[role] if len(urls) > 1 else "true")
         # Redis' order is by priority across its lists only where nothing is fetched ahead: too weak a sign.
         self._strict = url.kind == "rabbitmq"
+        self._batch = _BATCH_LEAST
         self._up: bool | None = None
         self._wait = _BACK_OFF_FIRST_S
         self._refusing: dict[SizeClass, float] = {}
@@ -251,7 +254,8 @@ class Lane:
     async def _publish(self, connection: Connection) -> bool:
         now = asyncio.get_running_loop().time()
         self._refusing = {size: until for size, until in self._refusing.items() if until > now}
-        rows = await connection.fetch(self._next, _BATCH, list(self._refusing))
+        most = self._batch
+        rows = await connection.fetch(self._next, most, list(self._refusing))
         if not rows:
             return False
         hints = [
@@ -267,7 +271,7 @@ class Lane:
             [row["effective_priority"] for row in told],
             self.name,
         )
-        return len(rows) == _BATCH
+        return len(rows) == most
 
     async def _confirmed(self, hints: list[Hint]) -> list[bool]:
         loop = asyncio.get_running_loop()
@@ -280,7 +284,9 @@ class Lane:
                 raise
             confirmed = [False] * len(hints)
         else:
-            metrics.BROKER_CONFIRM_SECONDS.labels(self.name).observe(loop.time() - began)
+            took = loop.time() - began
+            self._batch = max(_BATCH_LEAST, min(_BATCH_MOST, int(len(hints) * _BATCH_S / took)))
+            metrics.BROKER_CONFIRM_SECONDS.labels(self.name).observe(took)
             metrics.BROKER_PUBLISHED.labels(self.name, "confirmed").inc(sum(confirmed))
             metrics.BROKER_PUBLISHED.labels(self.name, "unconfirmed").inc(len(confirmed) - sum(confirmed))
         self._answered()
