@@ -25,7 +25,7 @@ from tests.support.folders import scratch_dir
 from tests.support.platform import TERMINAL
 from tests.support.postgres import fresh_database
 from tests.support.service_processes import ServiceProcesses
-from tests.support.storm import Scene, plan
+from tests.support.storm import Blow, Scene, plan
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
@@ -143,6 +143,18 @@ async def settled(http: httpx.AsyncClient) -> bool:
     response = await http.get("/v1/evaluations", params=[*under_way, ("limit", 1)])
     assert response.status_code == 200, response.text
     return not response.json()["items"]
+
+
+def test_the_same_seed_is_the_same_storm_and_every_blow_falls_once_the_leader_first() -> None:
+    for seed in range(50):
+        strikes = plan(seed)
+        assert strikes == plan(seed)
+        assert sorted(strike.blow for strike in strikes) == sorted(Blow)
+        nodes = [
+            strike.blow for strike in strikes if "node" in strike.blow.name.lower() or strike.blow is Blow.LEADER_KILLED
+        ]
+        assert nodes == [Blow.LEADER_KILLED, Blow.SECOND_NODE_KILLED, Blow.THIRD_NODE_KILLED]
+    assert plan(1) != plan(2)
 
 
 @needs("rabbitmq", "redis", "sandbox", "postgres", "network namespaces")

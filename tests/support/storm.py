@@ -95,7 +95,7 @@ class Scene:
 
     def _deal(self, blow: Blow) -> Callable[[], None]:
         cluster, nodes = self.cluster, self.cluster.nodes
-        return {
+        deals: dict[Blow, Callable[[], Callable[[], None]]] = {
             Blow.LEADER_KILLED: lambda: _killed(cluster.leader_of(queue_name(SizeClass.SMALL), self.vhost)),
             Blow.SECOND_NODE_KILLED: lambda: _killed(nodes[1]),
             Blow.THIRD_NODE_KILLED: lambda: _killed(nodes[2]),
@@ -107,7 +107,8 @@ class Scene:
             Blow.RELAY_KILLED: lambda: _killed(self.storage),
             Blow.DISK_ALARM: lambda: self._alarmed("disk"),
             Blow.MEMORY_ALARM: lambda: self._alarmed("memory"),
-        }[blow]()
+        }
+        return deals[blow]()
 
     def _cut_off(self, *nodes: RabbitNode) -> Callable[[], None]:
         # Clients still reach them: the harder case, since nothing tells a client that its node is alone.
