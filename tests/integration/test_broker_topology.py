@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 from amqp.exceptions import AccessRefused
+from kombu.entity import Exchange, Queue
 
+from crucible.broker.celery_app import make_app
 from crucible.broker.definitions import definitions
 from crucible.broker.errors import BrokerError, BrokerReason
 from crucible.broker.publisher import Hint, Publisher
 from crucible.broker.topology import DEAD_EXCHANGE, DEAD_QUEUE, EXCHANGE, USERS, queue_name, routing_key
+from crucible.broker.urls import BrokerUrl
 from crucible.limits import PRIORITY_MAX, SizeClass
+from crucible.settings import BrokerSettings
 from tests.servers.rabbitmq import RabbitCluster
+from tests.servers.redis import RedisServer
 from tests.support.broker import Installation, take
 from tests.support.capabilities import needs
 from tests.support.waits import wait_until
@@ -300,3 +305,25 @@ def test_what_a_worker_rejects_and_what_was_delivered_too_often_is_kept_among_th
     why = {message.headers["id"]: message.headers["x-death"][0]["reason"] for message in dead}
     assert why == {rejected.headers["id"]: "rejected", "evaluation-0": "delivery_limit"}
     assert {message.delivery_info["routing_key"] for message in dead} == {routing_key(SizeClass.SMALL)}
+
+
+@needs("redis")
+def test_redis_as_we_use_it_keeps_the_same_eleven_priorities_apart(redis_server: RedisServer) -> None:
+    url, settings = BrokerUrl.parse(f"{redis_server.url}/0"), BrokerSettings()
+    sent = hints(44)
+    with Publisher(url, settings) as publisher:
+        publisher.purge()
+        assert publisher.publish(sent, 20) == [True] * 44
+        assert publisher.depths()[SizeClass.SMALL].ready == 44
+    got: list[str] = []
+
+    def received(_: object, message: Any) -> None:
+        got.append(message.headers["id"])
+        message.ack()
+
+    with make_app(url, settings).connection_for_read() as connection:
+        queue = Queue(SMALL, Exchange(""), SMALL, no_declare=True)
+        with connection.Consumer([queue], callbacks=[received], prefetch_count=1, accept=["json"]):
+            while len(got) < 44:
+                connection.drain_events(timeout=5)
+    assert got == [hint.evaluation_id for hint in sorted(sent, key=lambda hint: -hint.priority)]

@@ -10,6 +10,7 @@ from kombu.entity import Exchange, Queue
 
 from crucible.broker import topology
 from crucible.broker.connection import connection_options
+from crucible.broker.transports import for_kombu
 from crucible.limits import SizeClass
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def _configuration(url: BrokerUrl, settings: BrokerSettings) -> dict[str, Any]:
     return {
         # --- connection ---
         # One after the other from a random one on, and a pause only when all were tried.
-        "broker_url": ";".join(random.sample(url.nodes, len(url.nodes))),
-        "broker_transport": options["transport"],
+        "broker_url": ";".join(map(for_kombu, random.sample(url.nodes, len(url.nodes)))),
         "broker_transport_options": options["transport_options"],
         "broker_use_ssl": options["ssl"],
         "broker_heartbeat": options["heartbeat"],

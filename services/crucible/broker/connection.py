@@ -47,7 +47,7 @@ def connect(url: BrokerUrl, settings: BrokerSettings) -> Connection:
     failures: list[BrokerError] = []
     for index in random.sample(range(len(url.members)), len(url.members)):
         node = url.members[index]
-        connection = Connection(url.nodes[index], **connection_options(url, settings))
+        connection = Connection(transports.for_kombu(url.nodes[index]), **connection_options(url, settings))
         try:
             # With so short a time in all, kombu tries once and does not wait to try again.
             connection.ensure_connection(max_retries=1, timeout=1e-6, reraise_as_library_errors=False)
@@ -66,7 +66,6 @@ def connection_options(url: BrokerUrl, settings: BrokerSettings) -> dict[str, An
     """Return the arguments of every `kombu.Connection` to this broker, beside its URL."""
     rabbitmq = url.kind == "rabbitmq"
     return {
-        "transport": transports.RABBITMQ if rabbitmq else transports.REDIS,
         "connect_timeout": settings.connect_timeout_seconds,
         "heartbeat": heartbeat(settings) if rabbitmq else 0,
         "ssl": (ssl_options(settings) if rabbitmq else redis_ssl_options(settings)) if url.tls else False,

@@ -1,6 +1,7 @@
 """The two wire protocols as kombu speaks them, each with what it lacks for our use.
 
-Named by path, so that Celery's own connections use them too.
+They have URL schemes of their own. kombu would go back to its own transports at the first switch to another node if it were only told of
+these when a connection is made, and then neither look at the version nor at the host name in a certificate.
 """
 
 from __future__ import annotations
@@ -8,14 +9,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from kombu.transport import pyamqp, redis
+from kombu.transport import TRANSPORT_ALIASES, pyamqp, redis
 
 from crucible.broker.errors import BrokerError, BrokerReason
 from crucible.broker.topology import MINIMUM_VERSION
 from crucible.limits import PRIORITY_MAX
 
-RABBITMQ = f"{__name__}:RabbitTransport"
-REDIS = f"{__name__}:RedisTransport"
+_PREFIX = "crucible-"
+_SCHEMES = {
+    "amqp": "RabbitTransport",
+    "amqps": "RabbitTransport",
+    "redis": "RedisTransport",
+    "rediss": "RedisTransport",
+}
+TRANSPORT_ALIASES.update({_PREFIX + scheme: f"{__name__}:{name}" for scheme, name in _SCHEMES.items()})
 
 # The lists that a queue is made of, one per priority, in the order in which they are read.
 REDIS_PRIORITY_STEPS = tuple(range(PRIORITY_MAX + 1))
@@ -57,6 +64,11 @@ class RedisTransport(redis.Transport):
     """Redis lists, for the broker that is being left."""
 
     Channel = RedisChannel
+
+
+def for_kombu(url: str) -> str:
+    """Return a node's URL with the scheme of our transport."""
+    return _PREFIX + url
 
 
 def redis_priority(priority: int) -> int:
