@@ -339,6 +339,42 @@ async def test_without_the_right_to_delete_queues_the_end_says_so_and_holds(
         assert (await bench.client.get(record.id)).state is State.COMPLETED
 
 
+async def test_what_workers_hold_counts_as_in_flight_however_fast_they_were(between: Between) -> None:
+    await between.move(START, 50)
+    await between.submit(30)
+    held = 0
+    # Claims race with the marks of what was told.
+    while held < 30:
+        for worker in (between.new, between.legacy):
+            if (taken := await worker.take()) is not None:
+                held += (await worker.claim(taken)).claim is not None
+                await worker.ack(taken)
+
+    async def counted() -> bool:
+        return sum(side.in_flight for side in (await between.bench.client.broker()).brokers) == 30
+
+    await wait_until_async(counted, timeout=10, describe="all held evaluations to be counted on their side")
+
+
+async def test_a_migration_that_is_over_leaves_nothing_behind_for_the_next(
+    between: Between, new: BrokerUrl, legacy: BrokerUrl, folder: Path
+) -> None:
+    for action, share in ((START, 10), (DRAIN, None), (FINISH, None)):
+        await between.move(action, share)
+    bench = between.bench
+    await bench.storage.aclose()
+    async with storage_over(bench.url, folder, brokers=Brokers(new, None, SETTINGS), instance="b") as alone:
+
+        async def forgotten() -> bool:
+            return await alone.sql("SELECT 1 FROM broker_route") == []
+
+        await wait_until_async(forgotten, timeout=10, describe="the migration to be over")
+    async with storage_over(bench.url, folder, brokers=Brokers(legacy, new, SETTINGS), instance="c") as back:
+        report = await back.client.broker()
+        assert (report.phase, report.share) == (BrokerPhase.LEGACY, 0)
+        await back.client.move_broker(c.BrokerMove(action=START, share=50, actor="op"))
+
+
 async def test_with_one_broker_or_none_there_is_nothing_to_move(new: BrokerUrl, database: str, folder: Path) -> None:
     for brokers, kinds in ((None, []), (Brokers(new, None, SETTINGS), ["rabbitmq"])):
         async with storage_over(database, folder, brokers=brokers) as bench:

@@ -76,10 +76,11 @@ _RETURNS_S = 2.0
 # A class whose queue refused is left alone for so long, so that what it keeps back does not hold up the other classes.
 _REFUSED_S = 1.0
 
+# What was claimed before it could be marked is marked too, for it shows through which broker it came; nothing later is.
 _MARK = f"""
-UPDATE evaluations AS e SET hint_priority = g.priority, hint_broker = $4, hinted_at = clock_timestamp()
-  FROM unnest($1::text[], $2::int[], $3::smallint[]) AS g(id, seq, priority)
- WHERE e.id = g.id AND e.seq = g.seq AND {QUEUED}"""  # noqa: S608 - constants
+UPDATE evaluations AS e SET hint_priority = g.priority, hint_broker = $5, hinted_at = clock_timestamp()
+  FROM unnest($1::text[], $2::int[], $3::int[], $4::smallint[]) AS g(id, seq, attempt, priority)
+ WHERE e.id = g.id AND ((e.seq = g.seq AND {QUEUED}) OR (e.attempt = g.attempt + 1 AND e.hint_broker IS NULL AND {HELD}))"""  # noqa: S608 - constants
 
 _TOLD = f"{QUEUED} AND hint_priority IS NOT NULL AND hint_broker = $1"
 _EXPECTED = f"""
@@ -106,7 +107,7 @@ _RETURNED = f"UPDATE evaluations SET hint_priority = NULL WHERE id = ANY($2) AND
 
 def _next(condition: str) -> str:
     return f"""
-SELECT id, seq, size_class, effective_priority, traceparent FROM evaluations
+SELECT id, seq, attempt, size_class, effective_priority, traceparent FROM evaluations
  WHERE {UNHINTED} AND {DUE} AND (queue_deadline IS NULL OR queue_deadline > now())
    AND size_class <> ALL($2::text[]) AND {condition}
  ORDER BY effective_priority DESC, number LIMIT $1"""  # noqa: S608 - constants
@@ -215,6 +216,9 @@ class Lane:
             while not await connection.fetchval("SELECT pg_try_advisory_lock(hashtextextended($1, 0))", lock):
                 self.heartbeat.beat()
                 await asyncio.sleep(_POLL_S)
+            if len(self._known) == 1:
+                # Nobody is being left: a later migration begins at its beginning.
+                await connection.execute("DELETE FROM broker_route")
             while True:
                 self.heartbeat.beat()
                 # The ear goes to the bell before the look at the table: what comes in between is not missed.
@@ -263,14 +267,8 @@ class Lane:
         ]
         confirmed = await self._confirmed(hints)
         told = [row for row, sure in zip(rows, confirmed, strict=True) if sure]
-        # What was claimed meanwhile needs no mark, and is not found by it.
-        await connection.execute(
-            _MARK,
-            [row["id"] for row in told],
-            [row["seq"] for row in told],
-            [row["effective_priority"] for row in told],
-            self.name,
-        )
+        columns = ([row[name] for row in told] for name in ("id", "seq", "attempt", "effective_priority"))
+        await connection.execute(_MARK, *columns, self.name)
         return len(rows) == most
 
     async def _confirmed(self, hints: list[Hint]) -> list[bool]:
