@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.servers.rabbitmq import RabbitCluster
+    from tests.servers.redis import RedisServer
 
 pytestmark = pytest.mark.integration
 
@@ -83,7 +84,8 @@ async def test_submissions_go_on_without_a_broker_and_take_no_longer(
     async with storage_over(database, folder) as bench:
         await submission_seconds(bench, 20)
         alone = await submission_seconds(bench)
-    brokers = Brokers(BrokerUrl.parse(broker.format(silent=silent)), None, SETTINGS)
+    impatient = SETTINGS.model_copy(update={"connect_timeout_seconds": 0.5})
+    brokers = Brokers(BrokerUrl.parse(broker.format(silent=silent)), None, impatient)
     async with storage_over(database, folder, brokers=brokers) as bench:
         without = await submission_seconds(bench)
         report = await bench.client.broker()
@@ -158,6 +160,31 @@ async def test_what_piled_up_is_told_highest_priority_first_when_the_broker_retu
             # The one that was told before the outage kept its message through it, or was missed and told again.
             assert worker.ran.index(first.id) >= place
             assert [name for name in worker.ran if name != first.id] == expected
+
+
+@needs("redis")
+async def test_a_redis_that_comes_back_empty_is_told_everything_again(
+    redis_server: RedisServer, database: str, folder: Path
+) -> None:
+    url = BrokerUrl.parse(f"{redis_server.url}/3")
+    async with storage_over(database, folder, brokers=Brokers(url, None, SETTINGS)) as bench:
+        items = [new_evaluation(priority=n % 11) for n in range(100)]
+        await bench.submit_many(items)
+
+        async def told() -> bool:
+            return (await bench.client.broker()).untold == 0
+
+        await wait_until_async(told, timeout=20, describe="everything to be told")
+        redis_server.wipe()
+        async with hint_worker(url, SETTINGS, bench.client) as worker:
+
+            async def all_ran() -> bool:
+                while await worker.work_one():
+                    pass
+                return len(worker.ran) == len(items)
+
+            await wait_until_async(all_ran, timeout=60, describe="everything to run", poll=0.1)
+        assert sorted(worker.ran) == sorted(item.id for item in items)
 
 
 @needs("rabbitmq")
