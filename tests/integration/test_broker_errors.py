@@ -331,6 +331,9 @@ def test_an_alarm_is_told_at_once_and_costs_one_message_at_most_however_often_it
                 publisher.publish(batch, 20)
             assert (caught.value.reason, caught.value.passing) == (BrokerReason.BLOCKED, True)
             assert time.monotonic() - started < 3
+        # What waits there can still be counted.
+        assert publisher.depths()[SizeClass.SMALL].ready == 0
+        assert time.monotonic() - started < 3
         # Waiting in storage costs nothing; a wrong answer would be a flood once the alarm ends.
         installed.cluster.clear_alarms()
         wait_until(

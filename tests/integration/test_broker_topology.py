@@ -285,6 +285,9 @@ def test_a_full_queue_refuses_more_and_keeps_what_it_has(empty: Installation) ->
         assert 5 <= taken <= 7
         assert publisher.publish([*hints(2), *hints(1, SizeClass.LARGE)], 10) == [False, False, True]
         assert publisher.depths()[SizeClass.SMALL].ready == taken
+    # A refusal is an answer: what comes after it in the first batch of a connection is published all the same.
+    with empty.publisher("crucible-storage") as publisher:
+        assert publisher.publish([*hints(2), *hints(2, SizeClass.LARGE)], 10) == [False, False, True, True]
     with empty.channel("crucible-worker") as channel:
         assert len(take(channel, SMALL, taken)) == taken
     with empty.publisher("crucible-storage") as publisher:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import amqp
-import structlog
 from amqp import exceptions as amqp_errors
 
+from crucible import logs
 from crucible.broker import topology
 from crucible.broker.celery_app import make_app
 from crucible.broker.connection import close, connect, explain_refusal
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from crucible.limits import SizeClass
     from crucible.settings import BrokerSettings
 
-log = structlog.get_logger(__name__)
+log = logs.get_logger("broker")
 
 # Often enough for the broker to know that we live, at the shortest heartbeat that AMQP can say (1 s).
 _BEAT_SECONDS = 0.5
@@ -60,8 +60,8 @@ class _Channel:
         self.link.on_unblocked = self._on_unblocked
         self.channel: Any = self.link.channel()
         self.blocked = False
-        # An alarm shows only in answer to a message: until one was confirmed, only one is risked.
-        self.proven = False
+        # An alarm shows only in answer to a message: until the broker has said yes or no to one, only one is risked.
+        self.answered = False
         self._tag = 0
         # Delivery tags that wait for their confirm, in the order in which they were sent.
         self._waiting: dict[int, int] = {}
@@ -104,6 +104,7 @@ class _Channel:
         return True
 
     def _settle(self, delivery_tag: int, multiple: bool, into: set[int]) -> None:
+        self.answered = True
         tags = [tag for tag in self._waiting if tag <= delivery_tag] if multiple else [delivery_tag]
         for tag in tags:
             index = self._waiting.pop(tag, None)
@@ -111,7 +112,6 @@ class _Channel:
                 into.add(index)
 
     def _on_ack(self, delivery_tag: int, multiple: bool) -> None:
-        self.proven = True
         self._settle(delivery_tag, multiple, self.confirmed)
 
     def _on_nack(self, delivery_tag: int, multiple: bool) -> None:
@@ -170,9 +170,9 @@ class RabbitLink:
         """Send all and await what the broker says; return what went wrong with the connection."""
         try:
             for index, hint in enumerate(hints):
-                if index == 1 and not channel.proven:
+                if index == 1 and not channel.answered:
                     channel.await_confirms(deadline)
-                    if not channel.proven:
+                    if not channel.answered:
                         break
                 message = self._writer.write(hint)
                 wire = channel.channel.prepare_message(
@@ -232,10 +232,22 @@ class RabbitLink:
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         channel = self._open()
+        if channel.blocked:
+            return self._ask_beside(question)
         try:
             return question(channel.channel)
         except (OSError, amqp_errors.AMQPError) as error:
             raise self._lost(error) from None
+
+    def _ask_beside(self, question: Callable[[Any], Any]) -> Any:
+        """Ask over a connection that has never published: during an alarm the broker reads no other."""
+        connection = self._connect()
+        try:
+            return question(connection.channel())
+        except (OSError, amqp_errors.AMQPError) as error:
+            raise self._meaning(error) from None
+        finally:
+            close(connection)
 
     def _open(self) -> _Channel:
         """Return the channel, newly opened if there is none or its connection was lost since."""
@@ -274,6 +286,9 @@ class RabbitLink:
         if isinstance(error, OSError):
             self._leave_node()
         self.close()
+        return self._meaning(error)
+
+    def _meaning(self, error: Exception) -> BrokerError:
         if isinstance(error, amqp_errors.AMQPError) and error.reply_code in {403, 404, 405, 406, 530}:
             return explain_refusal(error, self._url)
         why = str(error) or type(error).__name__
