@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+import psutil
 import pytest
 
 from crucible.broker.publisher import Hint, Publisher
@@ -25,6 +27,8 @@ from crucible.limits import SizeClass
 from crucible.settings import BrokerSettings
 from tests.support.capabilities import needs
 from tests.support.folders import scratch_dir
+from tests.support.platform import connect
+from tests.support.platform_process import PlatformProcess
 from tests.support.postgres import fresh_database
 from tests.support.service_processes import ServiceProcesses
 from tests.support.waits import pass_time, wait_until_async
@@ -339,6 +343,30 @@ async def test_more_than_a_hundred_run_at_once_and_never_more_than_there_are_slo
         assert await stage.count("state IN ('provisioning', 'running')") == 110
         assert await stage.count("attempt > 1") == 0
         assert {(await stage.client.get(name))["state"] for name in extra} == {"queued"}
+
+
+@pytest.fixture
+def platform(rabbitmq: RabbitCluster, rabbit_vhost: str) -> Iterator[PlatformProcess]:
+    for folder in scratch_dir():
+        process = PlatformProcess(folder, CRUCIBLE_BROKER_URL=url_of(rabbitmq, rabbit_vhost))
+        yield process
+        process.kill()
+
+
+async def test_the_worker_of_one_machine_is_started_again_when_it_dies_and_dies_with_its_platform(
+    platform: PlatformProcess,
+) -> None:
+    await platform.up()
+    (pid,) = json.loads((platform.data_dir / "server.json").read_text())["workers"]
+    async with connect(platform.url, platform.api_key) as client:
+        assert (await client.run("pass"))["state"] == "completed"
+        psutil.Process(pid).kill()
+        assert (await client.run("pass"))["state"] == "completed"
+    (worker,) = [process for process in platform.tree() if "worker" in process.cmdline()]
+    assert worker.pid != pid
+    psutil.Process(platform.pid).kill()
+    await platform.reap()
+    await wait_until_async(lambda: not worker.is_running(), timeout=10, describe="the worker to be gone")
 
 
 @pytest.mark.parametrize(

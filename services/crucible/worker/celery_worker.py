@@ -43,7 +43,7 @@ _GUARD_S = 0.5
 
 
 class CeleryWorker:
-    """Consumes hints from one broker until it is drained. There can be one in a process: Celery keeps state of its own per process.
+    """Consumes hints from one broker until it is drained. One at a time in a process: Celery keeps state of its own per process.
 
     Args:
         url: the broker.
@@ -120,6 +120,8 @@ class CeleryWorker:
             self._controller.start()
         except Exception:
             log.exception("the consumer failed")
+        # Celery's own, of the process: the next worker is not to begin with the end of this one.
+        celery_state.should_stop = None
         self._link.down("the consumer has ended")
         self._loop.call_soon_threadsafe(self.ended.set)
 

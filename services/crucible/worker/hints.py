@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,8 @@ class Hints:
         self._budget = budget_seconds
         self._under_way: dict[str, asyncio.Task[Verdict]] = {}
         self._asking: set[asyncio.Task[Any]] = set()
+        # Claims of a class one after the other, as the broker handed the messages out: side by side, a lower priority could win.
+        self._turns: defaultdict[SizeClass, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._draining = asyncio.Event()
         self._connection: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._storage_answers = True
@@ -93,7 +96,8 @@ class Hints:
         if not await self._slot(slots):
             return Verdict.RETURNED
         try:
-            answer = await self._claim(evaluation_id)
+            async with self._turns[size_class]:
+                answer = await self._claim(evaluation_id)
         except BaseException:
             slots.give_back()
             raise
