@@ -6,6 +6,7 @@ Nothing here tries again by itself: whoever calls decides when, so that no loop 
 from __future__ import annotations
 
 import math
+import os
 import random
 import socket
 import ssl
@@ -84,7 +85,8 @@ def transport_options(url: BrokerUrl, settings: BrokerSettings) -> dict[str, Any
         return {
             "read_timeout": ANSWER_SECONDS,
             "write_timeout": ANSWER_SECONDS,
-            "client_properties": {"connection_name": "crucible"},
+            # Shown in the management page's list of connections.
+            "client_properties": {"connection_name": f"crucible {socket.gethostname()}/{os.getpid()}"},
         }
     return {
         "priority_steps": list(transports.REDIS_PRIORITY_STEPS),
