@@ -264,12 +264,23 @@ class HintConsumer(Consumer):  # type: ignore[misc] # Celery has no types
         self._pause = 0.0
         self._patience = _PATIENCE_FIRST_S
         self._shunned: dict[str, float] = {}
+        self._told: BrokerReason | None = None
         super().__init__(*args, **kwargs)
 
     @property
     def is_rabbitmq(self) -> bool:
         """Whether the broker is RabbitMQ."""
         return self.link.url.kind == "rabbitmq"
+
+    def start(self) -> None:
+        """Consume until told to stop."""
+        try:
+            super().start()
+        except Exception:
+            # A mistake, here or in a library. Celery now waits for its threads, which wait for what runs.
+            self.link.down("the consumer failed")
+            self.link.on_lost()
+            raise
 
     def connect(self) -> Any:
         """Return a connection over which consuming can begin; tries for ever, every node, with bounded pauses."""
@@ -288,8 +299,9 @@ class HintConsumer(Consumer):  # type: ignore[misc] # Celery has no types
             try:
                 connection = self._try_nodes()
             except BrokerError as error:
-                if str(error) != self.link.problem():
+                if error.reason is not self._told:
                     log.warning("no broker to consume from; trying again", reason=error.reason, error=str(error))
+                self._told = error.reason
                 self.link.down(str(error))
                 continue
             if self.hub:
@@ -339,6 +351,7 @@ class HintConsumer(Consumer):  # type: ignore[misc] # Celery has no types
         super().on_ready()
         self._connected_at = time.monotonic()
         metrics.WORKER_CONNECTIONS.inc()
+        self._told = None
         if self.is_rabbitmq:
             self._patience = _PATIENCE_FIRST_S
             self.link.watch(self.connection.connection.sock, _PATIENCE_S)
