@@ -15,7 +15,7 @@ from crucible.broker.urls import BrokerUrl
 from crucible.contracts import BrokerAction, BrokerPhase
 from crucible.evaluation import State
 from crucible.resilience import CallFailedError
-from crucible.settings import BrokerSettings
+from crucible.settings import BrokerSettings, SettingsError
 from crucible.storage.hints import Brokers
 from tests.support.capabilities import needs
 from tests.support.folders import scratch_dir
@@ -373,6 +373,11 @@ async def test_a_migration_that_is_over_leaves_nothing_behind_for_the_next(
         report = await back.client.broker()
         assert (report.phase, report.share) == (BrokerPhase.LEGACY, 0)
         await back.client.move_broker(c.BrokerMove(action=START, share=50, actor="op"))
+
+
+def test_a_broker_cannot_be_left_for_itself(new: BrokerUrl) -> None:
+    with pytest.raises(SettingsError, match="CRUCIBLE_LEGACY_BROKER_URL: names the same broker"):
+        Brokers(new, new, SETTINGS)
 
 
 async def test_with_one_broker_or_none_there_is_nothing_to_move(new: BrokerUrl, database: str, folder: Path) -> None:

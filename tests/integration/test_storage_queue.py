@@ -14,7 +14,9 @@ from crucible import metrics
 from crucible.evaluation import Reason, State
 from crucible.limits import SizeClass
 from crucible.resilience import CallFailedError
+from crucible.storage.lane import _next as next_untold
 from crucible.storage.queue import _NEXT
+from crucible.storage.route import MINE
 from tests.support.storage import WORKER, Bench, new_evaluation, running_storage, storage_over
 from tests.support.waits import pass_time, wait_until_async
 
@@ -112,6 +114,18 @@ async def test_a_claim_out_of_100000_costs_what_one_out_of_few_does(bench: Bench
         "SELECT id FROM evaluations WHERE state = 'queued' AND priority = 0 ORDER BY number DESC LIMIT 1"
     )
     assert (await bench.client.position(last[0]["id"])).position == 100_000 - 3
+
+
+async def test_what_a_broker_must_be_told_of_is_found_without_looking_at_what_it_knows(bench: Bench) -> None:
+    await fill_queue(bench, 30_000)
+    await bench.sql("UPDATE evaluations SET hint_priority = effective_priority, hint_broker = 'b' WHERE number > 20")
+    await bench.sql("ANALYZE evaluations")
+    for condition in ("true", *MINE.values()):
+        async with bench.connection() as connection:
+            statement = f"EXPLAIN (ANALYZE) {next_untold(condition)}"
+            plan = "\n".join(row[0] for row in await connection.fetch(statement, 500, ["large"]))
+        assert "ix_evaluations_unhinted" in plan
+        assert "Seq Scan on evaluations" not in plan
 
 
 # -- waiting
@@ -418,7 +432,6 @@ async def test_metrics_show_what_waits_and_that_it_is_gone(bench: Bench) -> None
 
     await bench.storage.queue.gauge()
     assert depth() == 2
-
 
     def oldest() -> float | None:
         labels = {"size_class": "small", "priority": "7"}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crucible import metrics
-from crucible.storage.route import Role
+from crucible.settings import SettingsError, env_name
+from crucible.storage.route import Role, broker_name
 from crucible.storage.tables import DUE, UNHINTED
 
 if TYPE_CHECKING:
@@ -33,11 +34,20 @@ SELECT count(*) AS waiting, coalesce(max(extract(epoch FROM now() - greatest(que
 
 @dataclass(frozen=True)
 class Brokers:
-    """The brokers of this installation: the one in use, and the one that is being left, if any."""
+    """The brokers of this installation: the one in use, and the one that is being left, if any.
+
+    Raises:
+        SettingsError: both are the same.
+    """
 
     new: BrokerUrl
     legacy: BrokerUrl | None
     settings: BrokerSettings
+
+    def __post_init__(self) -> None:
+        """Refuse to leave a broker for itself."""
+        if self.legacy is not None and broker_name(self.new) == broker_name(self.legacy):
+            raise SettingsError(f"{env_name('legacy_broker_url')}: names the same broker as {env_name('broker_url')}")
 
 
 class Hints:
