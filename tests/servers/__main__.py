@@ -25,8 +25,8 @@ def main() -> int:
     parser.add_argument("which", nargs="?", choices=("rabbitmq", "redis", "all"), default="all")
     parser.add_argument("--nodes", type=int, default=3, help="how many nodes of RabbitMQ (default: 3)")
     wanted = parser.parse_args()
-    # One way out for Ctrl-C, `kill` and a closed terminal.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # One way out for Ctrl-C (which a shell has its background jobs ignore), `kill` and a closed terminal.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
         with ExitStack() as running:
