@@ -56,7 +56,7 @@ setup-run:
 setup-dev:
 	@scripts/setup dev
 
-LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-workflows lint-repository lint-docs lock-check
+LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-workflows lint-compose lint-repository lint-docs lock-check
 .PHONY: lint $(LINTERS)
 lint: $(LINTERS) ## Every static check
 
@@ -82,6 +82,9 @@ lint-workflows: setup-dev
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/zizmor --offline --quiet --no-progress --pedantic .github
+
+lint-compose: setup-dev
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 
 lint-repository: setup-dev
 	$(BIN)/python scripts/check_repository.py
