@@ -246,6 +246,8 @@ async def test_nobody_waits_behind_a_stream_of_the_highest_priority_for_longer_t
         storage_over(database, folder, brokers=Brokers(queues, None, SETTINGS), aging_seconds=aging) as bench,
         hint_worker(queues, SETTINGS, bench.client) as worker,
     ):
+        await bench.submit_many([new_evaluation(priority=10) for _ in range(30)])
+        await all_told(bench)
         low = await bench.submit(priority=4)
         began = asyncio.get_running_loop().time()
         highest: float | None = None
@@ -426,3 +428,20 @@ async def test_hints_of_a_broker_that_is_no_longer_named_are_forgotten(bench: Be
         timedelta(0),
     )
     assert await next_message(worker) == record.id
+
+
+async def test_what_may_not_be_looked_after_does_not_hold_up_what_may_be_published(
+    queues: BrokerUrl, rabbitmq: RabbitCluster, rabbit_vhost: str, database: str, folder: Path
+) -> None:
+    rabbitmq.manage("PUT", "users/writer", {"password": "writer", "tags": ""})
+    rabbitmq.manage("PUT", f"permissions/{rabbit_vhost}/writer", {"configure": "^$", "write": ".*", "read": "^$"})
+    writer = BrokerUrl.parse(rabbitmq.url(vhost=rabbit_vhost, user="writer", password="writer"))
+    async with started(writer, database, folder) as bench, hint_worker(queues, SETTINGS, bench.client) as worker:
+        # Long enough for several looks to have been refused.
+        for _ in range(5):
+            await pass_time(2 * PERIOD)
+            record = await bench.submit()
+            began = asyncio.get_running_loop().time()
+            assert await wait_until_async(worker.work_one, timeout=10, describe="the message")
+            assert worker.ran[-1] == record.id
+            assert asyncio.get_running_loop().time() - began < 3

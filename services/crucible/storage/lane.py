@@ -37,7 +37,7 @@ from crucible.storage.route import ALL, MINE, Role, broker_name
 from crucible.storage.tables import DUE, HELD, QUEUED, UNHINTED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     import asyncpg
 
@@ -157,9 +157,11 @@ class Lane:
         # Redis' order is by priority across its lists only where nothing is fetched ahead: too weak a sign.
         self._strict = url.kind == "rabbitmq"
         self._batch = _BATCH_LEAST
-        self._up: bool | None = None
+        self._ever = False
+        self._said: dict[str, BrokerReason] = {}
         self._wait = _BACK_OFF_FIRST_S
         self._refusing: dict[SizeClass, float] = {}
+        self._full: set[SizeClass] = set()
         self._missing: dict[SizeClass, int] = {}
         self._due = self._returns_due = 0.0
 
@@ -232,25 +234,34 @@ class Lane:
         """Do what is due; True if there is certainly more."""
         try:
             more = await self._publish(connection)
-            await self._look_after(connection)
         except BrokerError as error:
+            self._refuse("publish", error)
             await self._rest(error)
             return True
+        await self._look_after(connection)
         return more
 
+    def _refuse(self, work: str, error: BrokerError) -> None:
+        """Say once, until the same work can be done again, what is wrong with the broker."""
+        if self._said.get(work) is not error.reason:
+            log.warning("the broker cannot be used as it should be", broker=self.name, work=work, error=str(error))
+            self._said[work] = error.reason
+        if error.passing:
+            self.problem = error
+            metrics.BROKER_UP.labels(self.name).set(0)
+
     async def _rest(self, error: BrokerError) -> None:
-        if self.problem is None or self.problem.reason is not error.reason:
-            log.warning("the broker does not take hints; they wait in the table", broker=self.name, error=str(error))
-        self.problem, self._up = error, False
+        self.problem = error
         metrics.BROKER_UP.labels(self.name).set(0)
         most = _BACK_OFF_MOST_S if error.passing else _BACK_OFF_MISTAKE_S
         await asyncio.sleep(min(self._wait, most) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         self._wait = min(self._wait * 2, most)
 
-    def _answered(self) -> None:
-        if not self._up:
-            log.info("the broker takes hints", broker=self.name)
-        self.problem, self._up, self._wait = None, True, _BACK_OFF_FIRST_S
+    def _answered(self, work: str) -> None:
+        self._said.pop(work, None)
+        if self.problem is not None or not self._ever:
+            log.info("the broker answers", broker=self.name)
+        self.problem, self._ever, self._wait = None, True, _BACK_OFF_FIRST_S
         metrics.BROKER_UP.labels(self.name).set(1)
 
     # -- publishing
@@ -287,10 +298,11 @@ class Lane:
             metrics.BROKER_CONFIRM_SECONDS.labels(self.name).observe(took)
             metrics.BROKER_PUBLISHED.labels(self.name, "confirmed").inc(sum(confirmed))
             metrics.BROKER_PUBLISHED.labels(self.name, "unconfirmed").inc(len(confirmed) - sum(confirmed))
-        self._answered()
+        self._answered("publish")
         refused = {hint.size_class for hint, sure in zip(hints, confirmed, strict=True) if not sure}
-        if refused:
-            log.warning("the broker refused hints; they wait in the table", broker=self.name, queues=sorted(refused))
+        if fresh := refused - self._full:
+            log.warning("a queue takes no more hints; they wait in the table", broker=self.name, queues=sorted(fresh))
+        self._full = self._full - {hint.size_class for hint in hints} | refused
         self._refusing |= dict.fromkeys(refused, loop.time() + _REFUSED_S)
         return confirmed
 
@@ -300,10 +312,19 @@ class Lane:
         now = asyncio.get_running_loop().time()
         if now >= self._returns_due and self._desk is not None:
             self._returns_due = now + min(_RETURNS_S, self._period)
-            await self._take_back(connection, self._desk)
+            await self._tried("take back", self._take_back(connection, self._desk))
         if now >= self._due:
             self._due = now + self._period
-            await self._find_missing(connection)
+            await self._tried("count", self._find_missing(connection))
+
+    async def _tried(self, work: str, doing: Awaitable[None]) -> None:
+        """Do what may fail without holding up anything: publishing finds out by itself whether it still can."""
+        try:
+            await doing
+        except BrokerError as error:
+            self._refuse(work, error)
+        else:
+            self._answered(work)
 
     async def _take_back(self, connection: Connection, desk: ReturnDesk) -> None:
         returned, left = await self._call(desk.collect, _RETURNS_AT_ONCE)
@@ -324,7 +345,6 @@ class Lane:
         metrics.HINTS_REPAIRED.labels("moved").inc(strays)
         # The broker is asked first: what is consumed between the two looks is then missing in neither.
         depths = await self.depths()
-        self._answered()
         grace = _GRACE * self._period
         told = {row["size_class"]: row["told"] for row in await connection.fetch(_EXPECTED, self.name, grace)}
         args = (self.name, float(self._period), float(_GRACE), float(_GRACE_MOST))
