@@ -76,7 +76,7 @@ async def silent() -> AsyncIterator[int]:
 
 
 @pytest.mark.parametrize(
-    "broker", ["amqp://a:b@127.0.0.1:9/c", "amqp://a:b@127.0.0.1:{silent}/c", "redis://127.0.0.1:{silent}/0"]
+    "broker", ["amqp://a:b@127.0.0.1:9/c", "amqp://a:b@127.0.0.1:{silent}/c", "redis://127.0.0.1:9/0"]
 )
 async def test_submissions_go_on_without_a_broker_and_take_no_longer(
     broker: str, silent: int, database: str, folder: Path
