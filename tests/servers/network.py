@@ -221,8 +221,8 @@ class NamespaceNetwork:
             f"link set {peer} master {self._link(_PEER_BRIDGE)} up",
             f"link set {client} master {self._link(_CLIENT_BRIDGE)} up",
         )
+        # Not `lo`: bubblewrap brings it up at this very moment, and fails where that is done already.
         _run_ip(
-            "link set lo up",
             f"addr add {self.peer_address(node)}/24 dev peers",
             f"addr add {self.client_address(node)}/24 dev clients",
             "link set peers up",
