@@ -69,15 +69,15 @@ def kill_the_leader(cluster: RabbitCluster, demo: subprocess.Popen[str]) -> None
         leader.kill()
         killed = time.monotonic()
         say(f"killed {leader.name}, which led {queue}, with {before} messages in it (SIGKILL of all its processes)")
-        # Until then the queue's length may be told as nought.
         wait_until(
             lambda: cluster.leader_of(queue, VHOST) is not leader,
             timeout=PATIENCE_SECONDS,
             describe=f"another node to lead {queue}",
         )
         say(f"{time.monotonic() - killed:.1f} s later {cluster.leader_of(queue, VHOST).name} leads it")
+        # A queue whose new leader is not known everywhere is told to be empty.
         wait_until(
-            lambda: waiting() < before,
+            lambda: 0 < waiting() < before,
             timeout=PATIENCE_SECONDS,
             describe=f"{queue} to move on without {leader.name}",
             tolerate=(BrokerError,),
