@@ -25,29 +25,31 @@ def folder() -> Iterator[Path]:
     yield from scratch_dir()
 
 
-def sandboxes() -> list[psutil.Process]:
-    """The outermost process of each sandbox that this test's platform has made."""
-    return [child for child in psutil.Process().children(recursive=True) if child.name() == "bwrap"]
+def wrapped() -> set[psutil.Process]:
+    """The processes under this one that hold something in: a sandbox each, or a server that other tests of the run share."""
+    return {child for child in psutil.Process().children(recursive=True) if child.name() == "bwrap"}
 
 
-async def kill_its_sandbox(client: Client, name: str) -> None:
+async def kill_its_sandbox(client: Client, name: str, servers: set[psutil.Process]) -> None:
     async def runs() -> bool:
-        return (await client.get(name))["state"] == "running" and len(sandboxes()) == 1
+        return (await client.get(name))["state"] == "running" and len(wrapped() - servers) == 1
 
     await wait_until_async(runs, timeout=20, describe=f"{name} to run in a sandbox", tolerate=(psutil.NoSuchProcess,))
-    sandboxes()[0].kill()
+    (sandbox,) = wrapped() - servers
+    sandbox.kill()
 
 
 async def test_a_dead_letter_is_listed_replayed_whole_once_and_deleted(folder: Path) -> None:
+    servers = wrapped()
     async with running_platform(folder, storage={"max_attempts": 2}) as (_, client):
         submitted = await client.submit(CODE, stdin="kept", priority=8, labels={"a": "b"}, timeout_seconds=90)
-        await kill_its_sandbox(client, submitted["id"])
+        await kill_its_sandbox(client, submitted["id"], servers)
 
         async def tried_again() -> bool:
             return (await client.get(submitted["id"]))["attempt"] == 2
 
         await wait_until_async(tried_again, timeout=20, describe="a second attempt")
-        await kill_its_sandbox(client, submitted["id"])
+        await kill_its_sandbox(client, submitted["id"], servers)
         ended = await client.ended(submitted["id"])
         assert (ended["state"], ended["reason"], ended["exit_code"]) == ("failed", "sandbox_error", None)
 
