@@ -16,6 +16,7 @@ Runs in a thread of its own (`hub` is its event loop); what it shares with other
 
 from __future__ import annotations
 
+import logging
 import random
 import socket
 import threading
@@ -374,6 +375,20 @@ class HintConsumer(Consumer):  # type: ignore[misc] # Celery has no types
         """Acknowledge or reject in the loop's thread. Too late is not critical: the message comes again, and storage knows better."""
         _, *rest = args
         return super().call_soon_ack(settle, _TooLate, *rest)
+
+
+class _AfterTheConnection(logging.Filter):
+    """Leaves out what Celery's loop says, with a traceback, of calls that were still to be made over a connection that is lost.
+
+    Its loss has been told; what those calls would have said (acknowledgements) the broker knows by it.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, (OSError, AMQPError)) and "cleaning up after event loop" in record.msg)
+
+
+logging.getLogger("celery.worker.loops").addFilter(_AfterTheConnection())
 
 
 class _TooLate:
