@@ -42,7 +42,7 @@ test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
 
 .PHONY: bench
 bench: setup-dev ## Measure latency and throughput against bare sandboxes on this machine
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 .PHONY: bench-broker
 bench-broker: setup-dev ## Measure publishing, consuming and the relay beside raw kombu on a real cluster of three

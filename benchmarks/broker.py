@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ import kombu
 from amqp.exceptions import AMQPError
 from kombu.entity import Exchange, Queue
 
+from benchmarks.figures import Figure, show
 from crucible.broker.connection import close, connect
 from crucible.broker.publisher import Hint, Publisher
 from crucible.broker.topology import EXCHANGE, TASK, queue_name, routing_key
@@ -41,24 +40,13 @@ from tests.servers.redis import RedisServer
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 SETTINGS = BrokerSettings()
 SMALL = queue_name(SizeClass.SMALL)
 BATCH = 500
 SLOTS = 16
 _CONFIRM_SECONDS = 60.0
-
-
-@dataclass
-class Figure:
-    """One line of the result."""
-
-    name: str
-    value: str
-    reference: str = ""
-    ratio: str = ""
-    goal: str = ""
 
 
 def hints(count: int, start: int = 0) -> list[Hint]:
@@ -404,17 +392,6 @@ def measure(rabbitmq: BrokerUrl, redis: BrokerUrl, *, quick: bool) -> list[Figur
     figures.append(Figure("commit to delivery at 50 /s, median", f"{p50:.1f} ms"))
     figures.append(Figure("commit to delivery at 50 /s, p95", f"{p95:.1f} ms", goal="< 50 ms"))
     return figures
-
-
-def show(figures: Sequence[Figure], *, as_json: bool) -> None:
-    """Print the result."""
-    if as_json:
-        print(json.dumps([asdict(figure) for figure in figures], indent=2))
-        return
-    rows = [("", "ours", "reference", "ratio", "goal"), *(tuple(asdict(figure).values()) for figure in figures)]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def main() -> None:

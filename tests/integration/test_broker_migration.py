@@ -15,13 +15,11 @@ from crucible.broker.publisher import Publisher
 from crucible.broker.urls import BrokerUrl
 from crucible.settings import BrokerSettings
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 from tests.support.postgres import fresh_database
 from tests.support.service_processes import ServiceProcesses
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.servers.rabbitmq import RabbitCluster
@@ -33,11 +31,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300
 # Waiting or running when each step is taken.
 IN_FLIGHT = 100
 CODE = "import time; time.sleep(0.05); print('done')"
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 class Operator:

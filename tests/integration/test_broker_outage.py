@@ -15,14 +15,12 @@ from crucible.broker.urls import BrokerUrl
 from crucible.settings import BrokerSettings
 from crucible.storage.hints import Brokers
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 from tests.support.hint_worker import hint_worker
-from tests.support.postgres import fresh_database
 from tests.support.storage import Bench, new_evaluation, storage_over
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from tests.servers.rabbitmq import RabbitCluster
@@ -33,17 +31,6 @@ pytestmark = pytest.mark.integration
 SETTINGS = BrokerSettings(reconcile_seconds=0.5)
 # Far above what was measured; against a broker that is waited for (its connect time-out is 2 s) it is little.
 MOST_MEDIAN_SECONDS = 0.2
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
-
-
-@pytest.fixture
-async def database() -> AsyncIterator[str]:
-    async with fresh_database() as url:
-        yield url
 
 
 async def submission_seconds(bench: Bench, count: int = 150) -> list[float]:

@@ -7,22 +7,15 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.support.folders import scratch_dir
 from tests.support.platform import Client, running_platform
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.integration
 
 CODE = "import sys, time\nprint(sys.stdin.read(), flush=True)\ntime.sleep(60)"
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 def wrapped() -> set[psutil.Process]:

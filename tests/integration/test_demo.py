@@ -8,24 +8,17 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 from tests.support.waits import wait_until
 
 pytestmark = [pytest.mark.integration, needs("sandbox", "postgres")]
 
 DEMO = [sys.executable, "-m", "crucible.cli.main", "demo"]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 def environment(folder: Path) -> dict[str, str]:

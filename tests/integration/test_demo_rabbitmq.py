@@ -5,20 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 @needs("rabbitmq", "sandbox", "postgres")

@@ -14,13 +14,11 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.folders import scratch_dir
 from tests.support.platform import TERMINAL, Client, connect
 from tests.support.platform_process import PlatformProcess
 from tests.support.waits import pass_time, wait_until_async
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -37,11 +35,6 @@ print("begin", token, flush=True)
 time.sleep({seconds})
 print("end", token, flush=True)
 """
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 def pick_victim(dice: random.Random, platform: PlatformProcess) -> psutil.Process | None:

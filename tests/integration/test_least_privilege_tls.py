@@ -8,22 +8,15 @@ import pytest
 
 from tests.support.broker import Installation
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 from tests.support.postgres import fresh_database
 from tests.support.service_processes import ServiceProcesses
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 LOAD = 40
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 @needs("rabbitmq", "redis", "sandbox", "postgres")

@@ -19,18 +19,12 @@ import pytest
 from crucible.local import postgres
 from crucible.local.postgres import PostgresError, PostgresServer
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 async def scalar(url: str, query: str) -> object:

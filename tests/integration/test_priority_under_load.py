@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 from tests.support.platform import running_platform
 from tests.support.waits import pass_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.servers.rabbitmq import RabbitCluster
@@ -25,11 +23,6 @@ LOAD = 150
 URGENT = 10
 URGENT_EVERY_SECONDS = 1.0
 HALF_A_SECOND = {"code": "import time; time.sleep(0.5)", "memory_limit": "64Mi"}
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 async def waits_of_the_urgent(client: Client, *, urgent: int, other: int) -> list[float]:

@@ -22,7 +22,6 @@ from tests.servers.network import LoopbackNetwork, NamespaceNetwork, own_links
 from tests.servers.rabbitmq import ADMIN, AMQP_PORT, AMQPS_PORT, RabbitCluster
 from tests.servers.redis import RedisServer
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 from tests.support.waits import wait_until
 
 if TYPE_CHECKING:
@@ -32,11 +31,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 QUEUE = "kept"
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 @contextmanager

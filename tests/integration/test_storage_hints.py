@@ -20,14 +20,12 @@ from crucible.limits import SizeClass
 from crucible.settings import BrokerSettings
 from crucible.storage.hints import Brokers
 from tests.support.capabilities import needs
-from tests.support.folders import scratch_dir
 from tests.support.hint_worker import HintWorker, hint_worker
-from tests.support.postgres import fresh_database
 from tests.support.storage import Bench, new_evaluation, storage_over
 from tests.support.waits import pass_time, wait_until_async
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from tests.servers.rabbitmq import RabbitCluster
@@ -37,17 +35,6 @@ pytestmark = [pytest.mark.integration, needs("rabbitmq")]
 SMALL, MEDIUM, LARGE = SizeClass
 PERIOD = 0.25
 SETTINGS = BrokerSettings(reconcile_seconds=PERIOD)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
-
-
-@pytest.fixture
-async def database() -> AsyncIterator[str]:
-    async with fresh_database() as url:
-        yield url
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from crucible.evaluation import State
 from crucible.settings import BrokerSettings
 from tests.support.capabilities import needs
 from tests.support.events import redis_client, streamed
-from tests.support.folders import scratch_dir
 from tests.support.platform import TERMINAL
 from tests.support.postgres import fresh_database
 from tests.support.service_processes import ServiceProcesses
@@ -29,7 +28,6 @@ from tests.support.storm import Blow, Scene, plan
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.servers.rabbitmq import RabbitCluster
@@ -66,11 +64,6 @@ def declare(url: str) -> None:
     publisher = Publisher(BrokerUrl.parse(url), BrokerSettings())
     publisher.declare()
     publisher.close()
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    yield from scratch_dir()
 
 
 class Submitter:
