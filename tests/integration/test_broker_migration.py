@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from crucible.broker.publisher import Publisher
-from crucible.broker.urls import BrokerUrl
-from crucible.settings import BrokerSettings
+from tests.support.broker import declare
 from tests.support.capabilities import needs
 from tests.support.postgres import fresh_database
 from tests.support.service_processes import ServiceProcesses
@@ -78,10 +76,8 @@ async def test_work_moves_from_redis_to_rabbitmq_and_back_and_there_again_while_
 ) -> None:
     new = rabbitmq.url(vhost=rabbit_vhost)
     legacy = redis_server.url
-    for url in (new, legacy):
-        publisher = Publisher(BrokerUrl.parse(url), BrokerSettings())
-        publisher.declare()
-        publisher.close()
+    declare(new)
+    declare(legacy)
     async with fresh_database() as database_url:
         with ServiceProcesses(
             folder, database_url, broker_url=new, legacy_broker_url=legacy, CRUCIBLE_DISPATCHER__CPU_MILLIS="8000"

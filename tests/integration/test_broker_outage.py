@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from crucible import metrics
-from crucible.broker.publisher import Publisher
 from crucible.broker.urls import BrokerUrl
 from crucible.settings import BrokerSettings
 from crucible.storage.hints import Brokers
+from tests.support.broker import declare
 from tests.support.capabilities import needs
 from tests.support.hint_worker import hint_worker
 from tests.support.storage import Bench, new_evaluation, storage_over
@@ -94,9 +94,7 @@ async def test_submissions_go_on_without_a_broker_and_take_no_longer(
 async def test_what_piled_up_is_told_highest_priority_first_when_the_broker_returns(
     rabbitmq: RabbitCluster, rabbit_vhost: str, database: str, folder: Path
 ) -> None:
-    url = BrokerUrl.parse(rabbitmq.url(vhost=rabbit_vhost))
-    with Publisher(url, SETTINGS) as publisher:
-        publisher.declare()
+    url = declare(rabbitmq.url(vhost=rabbit_vhost), SETTINGS)
     async with storage_over(database, folder, brokers=Brokers(url, None, SETTINGS)) as bench:
         first = await bench.submit(priority=5)
 
@@ -179,9 +177,7 @@ async def test_a_redis_that_comes_back_empty_is_told_everything_again(
 async def test_an_alarm_of_the_broker_holds_back_hints_and_nothing_else(
     rabbitmq: RabbitCluster, rabbit_vhost: str, database: str, folder: Path
 ) -> None:
-    url = BrokerUrl.parse(rabbitmq.url(vhost=rabbit_vhost))
-    with Publisher(url, SETTINGS) as publisher:
-        publisher.declare()
+    url = declare(rabbitmq.url(vhost=rabbit_vhost), SETTINGS)
     async with storage_over(database, folder, brokers=Brokers(url, None, SETTINGS)) as bench:
         rabbitmq.set_alarm("disk")
         took = await submission_seconds(bench, 50)

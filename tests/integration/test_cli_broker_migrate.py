@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from crucible.broker.publisher import Publisher
-from crucible.broker.urls import BrokerUrl
 from crucible.cli.exit_codes import ExitCode
-from crucible.settings import BrokerSettings
+from tests.support.broker import declare
 from tests.support.capabilities import needs
 from tests.support.folders import scratch_dir
 from tests.support.platform_process import PlatformProcess
@@ -33,8 +31,7 @@ _BATCH = 20
 @pytest.fixture
 def platform(rabbitmq: RabbitCluster, rabbit_vhost: str, redis_server: RedisServer) -> Iterator[PlatformProcess]:
     new = rabbitmq.url(vhost=rabbit_vhost)
-    with Publisher(BrokerUrl.parse(new), BrokerSettings()) as publisher:
-        publisher.declare()
+    declare(new)
     for folder in scratch_dir():
         process = PlatformProcess(
             folder,

@@ -19,6 +19,7 @@ import pytest
 
 from crucible.cli.exit_codes import ExitCode
 from tests.support.folders import scratch_dir
+from tests.support.ports import free_port
 from tests.support.waits import wait_until
 
 pytestmark = pytest.mark.integration
@@ -107,12 +108,6 @@ def started() -> Iterator[list[Up]]:
     yield ups
     for up in ups:
         up.end()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_up_announces_itself_serves_and_stops_cleanly_on_ctrl_c(data_dir: Path, started: list[Up]) -> None:

@@ -17,6 +17,7 @@ from crucible.evaluation import State
 from crucible.resilience import CallFailedError
 from crucible.settings import BrokerSettings, SettingsError
 from crucible.storage.hints import Brokers
+from tests.support.broker import declare
 from tests.support.capabilities import needs
 from tests.support.hint_worker import HintWorker, hint_worker
 from tests.support.postgres import fresh_database
@@ -38,10 +39,7 @@ START, DRAIN, FINISH, ROLLBACK = BrokerAction
 
 @pytest.fixture
 def new(rabbitmq: RabbitCluster, rabbit_vhost: str) -> BrokerUrl:
-    url = BrokerUrl.parse(rabbitmq.url(vhost=rabbit_vhost))
-    with Publisher(url, SETTINGS) as publisher:
-        publisher.declare()
-    return url
+    return declare(rabbitmq.url(vhost=rabbit_vhost), SETTINGS)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from crucible.evaluation import Reason, State
 from crucible.limits import SizeClass
 from crucible.settings import BrokerSettings
 from crucible.storage.hints import Brokers
+from tests.support.broker import declare
 from tests.support.capabilities import needs
 from tests.support.hint_worker import HintWorker, hint_worker
 from tests.support.storage import Bench, new_evaluation, storage_over
@@ -44,13 +45,7 @@ def url(rabbitmq: RabbitCluster, rabbit_vhost: str) -> BrokerUrl:
 
 @pytest.fixture
 def queues(url: BrokerUrl) -> BrokerUrl:
-    declare(url)
-    return url
-
-
-def declare(url: BrokerUrl, settings: BrokerSettings = SETTINGS) -> None:
-    with Publisher(url, settings) as publisher:
-        publisher.declare()
+    return declare(url, SETTINGS)
 
 
 def repaired(why: str) -> float:
@@ -395,7 +390,7 @@ async def test_queues_that_are_not_there_yet_are_named_and_used_once_they_are(
 
         await wait_until_async(told_why, timeout=10, describe="the missing queues to be named")
         assert bench.health.problems() == {}
-        declare(url)
+        declare(url, SETTINGS)
         async with hint_worker(url, SETTINGS, bench.client) as worker:
             assert await wait_until_async(worker.take, timeout=40, describe="the message", poll=0.1)
         assert (await bench.client.get(record.id)).state is State.QUEUED

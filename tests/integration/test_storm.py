@@ -15,10 +15,8 @@ import asyncpg
 import httpx
 import pytest
 
-from crucible.broker.publisher import Publisher
-from crucible.broker.urls import BrokerUrl
 from crucible.evaluation import State
-from crucible.settings import BrokerSettings
+from tests.support.broker import declare
 from tests.support.capabilities import needs
 from tests.support.events import redis_client, streamed
 from tests.support.platform import TERMINAL
@@ -57,13 +55,6 @@ SETTINGS = {
     "CRUCIBLE_BROKER__RECONCILE_SECONDS": "2",
     "CRUCIBLE_LOG__LEVEL": "warning",
 }
-
-
-def declare(url: str) -> None:
-    """Make the topology in the virtual host, as an operator does once."""
-    publisher = Publisher(BrokerUrl.parse(url), BrokerSettings())
-    publisher.declare()
-    publisher.close()
 
 
 class Submitter:

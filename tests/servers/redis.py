@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import socket
 from typing import TYPE_CHECKING, Self
 
 from tests.servers.process import ServerProcess, ServerSpec, server_root
+from tests.support.ports import free_port
 from tests.support.waits import wait_until
 
 if TYPE_CHECKING:
@@ -25,13 +25,6 @@ _DATA, _CERTIFICATES = "/run/data", "/run/certificates"
 _TLS_FILES = {"ca-cert": "authority", "cert": "certificate", "key": "key"}
 
 
-def _free_port() -> int:
-    with socket.socket() as held:
-        held.bind((HOST, 0))
-        port: int = held.getsockname()[1]
-        return port
-
-
 class RedisServer:
     """A server for as long as its `with` block lasts. All that it keeps is in its folder; it stays at one port."""
 
@@ -40,7 +33,7 @@ class RedisServer:
         self._folder = folder
         self._tls = tls is not None
         self._process: ServerProcess | None = None
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.password = secrets.token_hex(8)
         folder.mkdir(parents=True, exist_ok=True)
         if tls is not None:

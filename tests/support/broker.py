@@ -77,6 +77,14 @@ class Installation:
                 self.cluster.manage("DELETE", f"users/{user.name}")
 
 
+def declare(url: BrokerUrl | str, settings: BrokerSettings | None = None) -> BrokerUrl:
+    """Make the topology in the virtual host of this URL, as an operator does once."""
+    parsed = BrokerUrl.parse(url) if isinstance(url, str) else url
+    with Publisher(parsed, settings or BrokerSettings()) as publisher:
+        publisher.declare()
+    return parsed
+
+
 def take(channel: Any, queue: str, count: int, *, then: Callable[[Any], None] | None = None) -> list[Any]:
     """Consume so many messages one at a time, each acknowledged before the next comes; return them in order."""
     taken: list[Any] = []

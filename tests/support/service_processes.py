@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -25,6 +24,7 @@ from crucible import contracts as c
 from crucible.auth import make_key
 from crucible.clients import StorageClient, http_client
 from tests.support.platform import Client, connect
+from tests.support.ports import free_port
 from tests.support.waits import wait_until
 
 if TYPE_CHECKING:
@@ -34,13 +34,6 @@ if TYPE_CHECKING:
 
 _START_SECONDS = 40
 _STOP_SECONDS = 40
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class ServiceProcess:

@@ -20,6 +20,7 @@ from redis import exceptions as redis_errors
 from crucible.broker import transports
 from crucible.broker.errors import BrokerError, BrokerReason
 from crucible.broker.topology import VHOST
+from crucible.redis_tls import redis_tls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +70,7 @@ def connection_options(url: BrokerUrl, settings: BrokerSettings) -> dict[str, An
     return {
         "connect_timeout": settings.connect_timeout_seconds,
         "heartbeat": heartbeat(settings) if rabbitmq else 0,
-        "ssl": (ssl_options(settings) if rabbitmq else redis_ssl_options(settings)) if url.tls else False,
+        "ssl": (ssl_options(settings) if rabbitmq else redis_tls(settings)) if url.tls else False,
         "transport_options": transport_options(url, settings),
     }
 
@@ -108,17 +109,10 @@ def ssl_options(settings: BrokerSettings) -> dict[str, Any]:
     if settings.ca_file:
         options["ca_certs"] = str(settings.ca_file)
     if settings.cert_file:
-        options |= {"certfile": str(settings.cert_file), "keyfile": _optional(settings.key_file)}
-    return options
-
-
-def redis_ssl_options(settings: BrokerSettings) -> dict[str, Any]:
-    """Return the same as redis-py names it."""
-    options: dict[str, Any] = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
-    if settings.ca_file:
-        options["ssl_ca_certs"] = str(settings.ca_file)
-    if settings.cert_file:
-        options |= {"ssl_certfile": str(settings.cert_file), "ssl_keyfile": _optional(settings.key_file)}
+        options |= {
+            "certfile": str(settings.cert_file),
+            "keyfile": str(settings.key_file) if settings.key_file else None,
+        }
     return options
 
 
@@ -130,10 +124,6 @@ def close(connection: Connection) -> None:
             with link.transport.having_timeout(_FAREWELL_SECONDS):
                 link.close()
     connection.collect()
-
-
-def _optional(path: object) -> str | None:
-    return None if path is None else str(path)
 
 
 def _most_telling(failures: Sequence[BrokerError]) -> BrokerError:
@@ -174,6 +164,17 @@ def _why(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
+
+
+def explain_loss(error: Exception, url: BrokerUrl) -> BrokerError:
+    """Return what it means that an operation on an open connection failed: a refusal, or that the connection was lost."""
+    if isinstance(error, amqp_errors.AMQPError) and error.reply_code in {403, 404, 405, 406, 530}:
+        return explain_refusal(error, url)
+    return BrokerError(
+        BrokerReason.UNREACHABLE,
+        f"the connection to the broker was lost ({str(error) or type(error).__name__})",
+        "nothing to do if it comes back: the next attempt connects again, to another node if need be",
+    )
 
 
 def explain_refusal(error: amqp_errors.AMQPError, url: BrokerUrl) -> BrokerError:

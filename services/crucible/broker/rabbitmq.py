@@ -18,7 +18,7 @@ from amqp import exceptions as amqp_errors
 from crucible import logs
 from crucible.broker import topology
 from crucible.broker.celery_app import make_app
-from crucible.broker.connection import close, connect, explain_refusal
+from crucible.broker.connection import close, connect, explain_loss
 from crucible.broker.errors import BrokerError, BrokerReason
 from crucible.broker.message import Hint, Writer
 
@@ -174,15 +174,7 @@ class RabbitLink:
                     channel.await_confirms(deadline)
                     if not channel.answered:
                         break
-                message = self._writer.write(hint)
-                wire = channel.channel.prepare_message(
-                    message.body,
-                    priority=hint.priority,
-                    content_type=message.content_type,
-                    content_encoding=message.content_encoding,
-                    headers=message.headers,
-                    properties=message.properties,
-                )
+                wire = self._writer.write(hint).on(channel.channel, hint.priority)
                 channel.send(index, wire, topology.routing_key(hint.size_class))
             channel.await_confirms(deadline)
         except (OSError, amqp_errors.AMQPError) as error:
@@ -245,7 +237,7 @@ class RabbitLink:
         try:
             return question(connection.channel())
         except (OSError, amqp_errors.AMQPError) as error:
-            raise self._meaning(error) from None
+            raise explain_loss(error, self._url) from None
         finally:
             close(connection)
 
@@ -286,17 +278,7 @@ class RabbitLink:
         if isinstance(error, OSError):
             self._leave_node()
         self.close()
-        return self._meaning(error)
-
-    def _meaning(self, error: Exception) -> BrokerError:
-        if isinstance(error, amqp_errors.AMQPError) and error.reply_code in {403, 404, 405, 406, 530}:
-            return explain_refusal(error, self._url)
-        why = str(error) or type(error).__name__
-        return BrokerError(
-            BrokerReason.UNREACHABLE,
-            f"the connection to the broker was lost ({why})",
-            "nothing to do if it comes back: the next attempt connects again, to another node if need be",
-        )
+        return explain_loss(error, self._url)
 
 
 def _declare(channel: Any, wanted: topology.Topology) -> None:

@@ -54,15 +54,7 @@ class RedisLink:
         return results + [False] * (len(hints) - len(results))
 
     def _put(self, hint: Hint, channel: Any) -> None:
-        message = self._writer.write(hint)
-        wire = channel.prepare_message(
-            message.body,
-            priority=redis_priority(hint.priority),
-            content_type=message.content_type,
-            content_encoding=message.content_encoding,
-            headers=message.headers,
-            properties=message.properties,
-        )
+        wire = self._writer.write(hint).on(channel, redis_priority(hint.priority))
         channel.basic_publish(wire, exchange="", routing_key=topology.queue_name(hint.size_class))
 
     def depth(self, size_class: SizeClass) -> tuple[int, int | None]:

@@ -28,7 +28,8 @@ TASK = "crucible.evaluate"
 NAMESPACES = ("crucible.", "evaluations.")
 
 # Before it, quorum queues order by two levels of priority only, or their priorities have known faults.
-MINIMUM_VERSION = (4, 3, 3)
+_MINIMUM_VERSION = (4, 3, 3)
+MINIMUM_VERSION = ".".join(map(str, _MINIMUM_VERSION))
 # One node may be lost, and one more taken down on purpose afterwards, only with three copies or more.
 MEMBERS = 3
 
@@ -79,6 +80,12 @@ class Topology:
     exchanges: tuple[Exchange, ...]
     queues: tuple[Queue, ...]
     bindings: tuple[Binding, ...]
+
+
+def new_enough(version: str) -> bool:
+    """Whether a RabbitMQ that calls itself so orders replicated queues by priority."""
+    release = re.match(r"\d+(\.\d+)*", version)
+    return release is not None and tuple(map(int, release.group().split("."))) >= _MINIMUM_VERSION
 
 
 def queue_name(size_class: SizeClass) -> str:

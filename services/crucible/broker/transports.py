@@ -6,13 +6,12 @@ these when a connection is made, and then neither look at the version nor at the
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from kombu.transport import TRANSPORT_ALIASES, pyamqp, redis
 
 from crucible.broker.errors import BrokerError, BrokerReason
-from crucible.broker.topology import MINIMUM_VERSION
+from crucible.broker.topology import MINIMUM_VERSION, new_enough
 from crucible.limits import PRIORITY_MAX
 
 _PREFIX = "crucible-"
@@ -79,13 +78,10 @@ def redis_priority(priority: int) -> int:
 def check_version(properties: dict[str, Any]) -> None:
     """Raise `BrokerError` unless the server is a RabbitMQ that orders replicated queues by priority."""
     product, version = str(properties.get("product")), str(properties.get("version"))
-    needed = ".".join(map(str, MINIMUM_VERSION))
-    release = re.match(r"\d+(\.\d+)*", version)
-    numbers = tuple(map(int, release.group().split("."))) if release else ()
-    if product != "RabbitMQ" or numbers < MINIMUM_VERSION:
+    if product != "RabbitMQ" or not new_enough(version):
         raise BrokerError(
             BrokerReason.TOO_OLD,
-            f"the broker is {product} {version}, and RabbitMQ {needed} or later is needed: "
+            f"the broker is {product} {version}, and RabbitMQ {MINIMUM_VERSION} or later is needed: "
             "earlier ones do not order replicated queues by priority",
-            f"upgrade it to {needed} or later (through each series in between), or name another in CRUCIBLE_BROKER_URL",
+            f"upgrade it to {MINIMUM_VERSION} or later (through each series in between), or name another in CRUCIBLE_BROKER_URL",
         )

@@ -31,6 +31,7 @@ from crucible.broker.topology import (
     Queue,
     Topology,
     User,
+    new_enough,
     topology,
 )
 
@@ -145,11 +146,9 @@ def _shown(value: Any) -> str:
 
 
 def _cluster(observed: Observed) -> Iterator[Difference]:
-    numbers = re.match(r"\d+(\.\d+)*", observed.version)
-    needed = ".".join(map(str, MINIMUM_VERSION))
-    if numbers is None or tuple(map(int, numbers.group().split("."))) < MINIMUM_VERSION:
+    if not new_enough(observed.version):
         remedy = "upgrade: earlier ones do not order replicated queues by priority"
-        yield Difference("broker", "version", f"{needed} or later", observed.version, remedy)
+        yield Difference("broker", "version", f"{MINIMUM_VERSION} or later", observed.version, remedy)
     for node in observed.nodes:
         where = f"node {node['name']}"
         if not node.get("running"):

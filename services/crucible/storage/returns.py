@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from amqp.exceptions import AMQPError
 
 from crucible import logs
-from crucible.broker.connection import close, connect, explain_refusal
-from crucible.broker.errors import BrokerError, BrokerReason
+from crucible.broker.connection import close, connect, explain_loss
+from crucible.broker.errors import BrokerError
 from crucible.broker.topology import DEAD_QUEUE, TASK
 
 if TYPE_CHECKING:
@@ -91,11 +91,7 @@ class ReturnDesk:
             raise
         except (OSError, AMQPError) as error:
             self.close()
-            if isinstance(error, AMQPError) and error.reply_code:
-                raise explain_refusal(error, self._url) from error
-            raise BrokerError(
-                BrokerReason.UNREACHABLE, f"the connection to the broker was lost: {error}", "check that it runs"
-            ) from error
+            raise explain_loss(error, self._url) from error
 
 
 def _read(message: Any) -> Returned:

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from crucible.redis_tls import redis_tls
 from crucible.settings import SettingsError
 from crucible.streams.errors import StreamError, StreamFailure
 
@@ -56,17 +57,7 @@ def connect(url: SecretStr | str, settings: BrokerSettings) -> Client:
         "client_name": "crucible",
     }
     if text.startswith("rediss://"):
-        files = {
-            "ssl_ca_certs": settings.ca_file,
-            "ssl_certfile": settings.cert_file,
-            "ssl_keyfile": settings.key_file,
-        }
-        options |= {name: str(path) for name, path in files.items() if path is not None}
-        options |= {
-            "ssl_cert_reqs": "required",
-            "ssl_check_hostname": True,
-            "ssl_min_version": ssl.TLSVersion.TLSv1_2,
-        }
+        options |= redis_tls(settings)
     try:
         return Redis.from_url(text, **options)
     except ValueError as error:
