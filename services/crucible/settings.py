@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from crucible import names
 from crucible.data_dir import default_data_dir
 from crucible.limits import Limits
 
@@ -102,8 +103,14 @@ class DispatcherSettings(_Section):
 
     host: str = Field("127.0.0.1", description="Address that `crucible serve dispatcher` listens on")
     port: int = Field(8090, ge=0, le=65535, description="Port that `crucible serve dispatcher` listens on")
-    runtime: Literal["auto", "bubblewrap", "process"] = Field(
-        "auto", description="auto: bubblewrap on Linux, a plain process (no isolation!) elsewhere"
+    runtime: Literal["auto", "bubblewrap", "process", "kubernetes"] = Field(
+        "auto",
+        description="auto: bubblewrap on Linux, a plain process (no isolation!) elsewhere; kubernetes: Jobs under gVisor",
+    )
+    use_monitoring_service: bool = Field(
+        True,
+        description="With kubernetes: `crucible serve monitor` watches the Jobs; false: each dispatcher takes part in watching "
+        "them itself",
     )
     cgroups: Literal["auto", "require", "off"] = Field(
         "auto",
@@ -135,6 +142,74 @@ class WorkerSettings(_Section):
     drain_seconds: float = Field(
         10.0, ge=0, description="On shutdown, how long running evaluations may finish before they are given back"
     )
+
+
+class KubernetesSettings(_Section):
+    """The cluster in which evaluations run, where the dispatcher's runtime is `kubernetes`."""
+
+    kubeconfig: FilePath | None = Field(
+        None, description="How to reach the API server; unset: the service account of the Pod that this runs in"
+    )
+    namespace: str = Field(
+        names.EVALUATION_NAMESPACE, description="Namespace of the evaluations; nothing else is in it"
+    )
+    images: dict[str, str] = Field(
+        default_factory=dict,
+        description='Which image each name that a request may give stands for, by digest: {"python": "registry/runner@sha256:..."}',
+    )
+    runtime_class: str = Field(names.RUNTIME_CLASS, description="RuntimeClass of the sandboxes")
+    overhead_memory_bytes: int = Field(
+        96 * 1024**2, ge=0, description="Memory that the sandbox itself takes, bytes; the same as the RuntimeClass says"
+    )
+    overhead_cpu_millis: int = Field(
+        50, ge=0, description="CPU that the sandbox itself takes, millicores; the same as the RuntimeClass says"
+    )
+    reserve_cpu_millis: int = Field(
+        0, ge=0, description="CPU of each sandbox node that is not for evaluations, millicores"
+    )
+    reserve_memory_bytes: int = Field(
+        0, ge=0, description="Memory of each sandbox node that is not for evaluations, bytes"
+    )
+    scheduling_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="A sandbox that no node has taken for this long ends as `timeout` with reason `scheduling`",
+    )
+    node_lost_seconds: int = Field(
+        10, ge=0, description="A node that does not answer for this long, as Kubernetes sees it, has lost its sandboxes"
+    )
+
+
+class MonitorSettings(_Section):
+    """What watches Jobs and Pods."""
+
+    host: str = Field("127.0.0.1", description="Address of the health and metrics of `crucible serve monitor`")
+    port: int = Field(8086, ge=0, le=65535, description="Port of the health and metrics of `crucible serve monitor`")
+    lease_namespace: str = Field(
+        names.PLATFORM_NAMESPACE, description="Namespace in which the replicas keep their leases"
+    )
+    lease_seconds: float = Field(6.0, ge=1, description="A replica silent for this long is replaced; the leader too")
+    reconcile_seconds: float = Field(
+        15.0, gt=0, description="How often what storage believes to run is compared with what the cluster has"
+    )
+
+
+class CleanupSettings(_Section):
+    """What removes from the cluster what nobody needs any more."""
+
+    host: str = Field("127.0.0.1", description="Address of the health and metrics of `crucible serve cleanup`")
+    port: int = Field(8087, ge=0, le=65535, description="Port of the health and metrics of `crucible serve cleanup`")
+    orphan_seconds: float = Field(
+        900.0,
+        gt=0,
+        description="What belongs to no attempt that storage knows as under way is removed once it is this old",
+    )
+    high_water: int = Field(
+        2000,
+        ge=1,
+        description="With more objects than this, what is recorded goes first and orphans need only be half as old",
+    )
+    dry_run: bool = Field(False, description="Say what would be removed, and remove nothing")
 
 
 class BrokerSettings(_Section):
@@ -262,6 +337,9 @@ class Settings(BaseSettings):
     storage: StorageSettings = StorageSettings()
     dispatcher: DispatcherSettings = DispatcherSettings()
     worker: WorkerSettings = WorkerSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    cleanup: CleanupSettings = CleanupSettings()
     broker: BrokerSettings = BrokerSettings()
     events: EventSettings = EventSettings()
     log: LogSettings = LogSettings()

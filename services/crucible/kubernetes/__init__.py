@@ -1,0 +1,1 @@
+"""Kubernetes as the platform uses it: the API, watches that never miss, and leases."""

@@ -1,0 +1,1 @@
+"""Seeing sandboxes of a cluster through: read their output while they run, and record how each ended, once."""
