@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from crucible.frames import Decoder, Frame, Kind, decode_all
+from crucible.frames import Decoder, Frame, Kind, LineDecoder, decode_all
 from crucible.outcome import RunnerReport, RunnerStatus
 from crucible.runner import run
 from tests.support.waits import wait_until
@@ -60,6 +60,29 @@ def test_without_commands_it_runs_and_writes_its_report_to_a_file_too(tmp_path: 
     assert told[-1].payload == report.read_bytes()
     assert (report_of(told).exit_code, report_of(told).exception_type) == (1, "ZeroDivisionError")
     assert report.stat().st_size <= 4096
+
+
+def test_on_its_own_standard_output_as_lines_with_its_input_from_a_file(tmp_path: Path) -> None:
+    code, given = tmp_path / "main.py", tmp_path / "stdin"
+    code.write_text("import sys\nprint(sys.stdin.read() * 2, end='\\r\\n')\nprint('e', file=sys.stderr)\nsys.exit(3)")
+    given.write_text("said")
+    command = [sys.executable, "-I", "-S", "-B", "-u", run.__file__, "frames=1", "encoding=lines"]
+    done = subprocess.run(
+        [*command, f"code={code}", f"stdin={given}", *LIMITS],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+    )
+    decoder = LineDecoder()
+    told = list(decoder.feed(done.stdout))
+
+    assert [(frame.kind, frame.payload) for frame in told[:-1]] == [
+        (Kind.STARTED, b""),
+        (Kind.STDOUT, b"saidsaid\r\n"),
+        (Kind.STDERR, b"e\n"),
+    ]
+    assert report_of(told).exit_code == 3
+    assert (decoder.pending, decoder.strays, done.stderr) == (0, "", b"")
 
 
 def test_when_no_one_listens_any_more_everything_ends(tmp_path: Path) -> None:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crucible.frames import HEADER, MAX_AT_MS, MAX_PAYLOAD, Decoder, Frame, FrameError, Kind, decode_all, encode_all
+from crucible.frames import (
+    HEADER,
+    MAX_AT_MS,
+    MAX_LINE,
+    MAX_PAYLOAD,
+    Decoder,
+    Frame,
+    FrameError,
+    Kind,
+    LineDecoder,
+    decode_all,
+    encode_all,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -92,3 +105,58 @@ def test_the_largest_frame_travels_and_a_larger_one_is_not_made() -> None:
     for frame in (Frame(Kind.STDERR, 0, bytes(MAX_PAYLOAD + 1)), Frame(Kind.STDERR, -1, b"")):
         with pytest.raises(FrameError, match="no frame holds"):
             frame.encode()
+
+
+@fewer
+@given(FRAMES, st.lists(st.binary(max_size=40).filter(lambda line: b"\n" not in line), max_size=4), st.data())
+def test_any_cutting_of_a_log_gives_its_frames_whatever_stands_between_them(
+    frames: list[Frame], words: list[bytes], data: st.DataObject
+) -> None:
+    lines = [frame.encode_line() for frame in frames]
+    for word in words:
+        lines.insert(data.draw(st.integers(0, len(lines))), word + b"!\n")  # "!" is not in base64's alphabet
+    log = b"".join(lines)
+    decoder = LineDecoder()
+    cuts = data.draw(st.lists(st.integers(0, len(log)), max_size=12))
+    assert [frame for piece in _cut(log, cuts) for frame in decoder.feed(piece)] == frames
+    assert decoder.pending == 0
+    assert decoder.strays.count("!") >= len(words)
+
+
+@fewer
+@given(FRAMES.filter(bool), st.data())
+def test_a_log_that_breaks_off_gives_what_is_whole_and_reading_goes_on_there(
+    frames: list[Frame], data: st.DataObject
+) -> None:
+    log = b"".join(frame.encode_line() for frame in frames)
+    at = data.draw(st.integers(0, len(log) - 1))
+    decoder = LineDecoder()
+    before = list(decoder.feed(log[:at]))
+    assert before == frames[: log[:at].count(b"\n")]
+    assert before + list(decoder.feed(log[at:])) == frames
+
+
+def test_a_line_that_was_torn_and_ended_by_another_is_no_frame_and_harms_none() -> None:
+    good = Frame(Kind.REPORT, 7, b"{}")
+    for torn in range(1, len(good.encode_line()) - 1):
+        decoder = LineDecoder()
+        log = good.encode_line()[:torn] + b"\n" + good.encode_line()
+        assert list(decoder.feed(log)) == [good]
+
+
+def test_several_frames_in_a_line_are_no_frame() -> None:
+    two = Frame(Kind.REPORT, 7, encode_all([Frame(Kind.STDOUT, 1, b"abc")] * 2)).encode_line()
+    decoder = LineDecoder()
+    assert [frame.kind for frame in decoder.feed(two)] == [Kind.REPORT]
+    assert list(decoder.feed(binascii.b2a_base64(encode_all([Frame(Kind.REPORT, 1, b"abc")] * 2)))) == []
+
+
+def test_a_line_without_an_end_is_not_kept() -> None:
+    decoder = LineDecoder()
+    largest = Frame(Kind.STDOUT, 0, bytes(MAX_PAYLOAD))
+    assert len(largest.encode_line()) == MAX_LINE + 1
+    for _ in range(3):
+        assert list(decoder.feed(b"A" * MAX_LINE)) == []
+        assert decoder.pending <= MAX_LINE
+    assert list(decoder.feed(b"AAAA\n" + largest.encode_line())) == [largest]
+    assert len(decoder.strays) <= 4096

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crucible.frames import MAX_PAYLOAD, Decoder, Frame, Kind
+from crucible.frames import MAX_PAYLOAD, Decoder, Frame, Kind, LineDecoder
 from crucible.outcome import RunnerReport, RunnerStatus
 from crucible.runner import run
 
@@ -59,6 +59,20 @@ def test_frames_arrive_as_they_were_added(ends: tuple[socket.socket, socket.sock
         Frame(Kind.STDOUT, 5, b"a"),
         Frame(Kind.STDERR, 6, b"\x00\xff"),
         Frame(Kind.STDOUT, 2**40, b"b"),
+    ]
+
+
+def test_as_lines_they_are_what_the_platform_reads_from_a_log(ends: tuple[socket.socket, socket.socket]) -> None:
+    outbox = run.Outbox(ends[1].fileno(), lines=True)
+    outbox.add(run.STARTED, 0.0, 0, b"")
+    outbox.add(run.STDOUT, 0.0, 5, b"\r\n\x00\xff" * 300)
+    outbox.add(run.REPORT, 0.0, 6, b"{}")
+
+    assert outbox.send()
+    assert list(LineDecoder().feed(ends[0].recv(1 << 20))) == [
+        Frame(Kind.STARTED, 0, b""),
+        Frame(Kind.STDOUT, 5, b"\r\n\x00\xff" * 300),
+        Frame(Kind.REPORT, 6, b"{}"),
     ]
 
 
@@ -168,6 +182,8 @@ def test_arguments_become_a_plan() -> None:
 
     assert (plan.frames, plan.commands, plan.code, plan.timeout_seconds) == (3, -1, "/a=b/main.py", 1.5)
     assert (plan.memory_bytes, plan.memory_folders, plan.report) == (0, ["/tmp", "/dev/shm"], "")
+    assert (plan.lines, plan.stdin) == (False, "")
+    assert run.Plan(["frames=1", "encoding=lines", "code=x"]).lines
 
 
 def test_the_runner_never_signals_everything_unless_it_is_the_first_process(
