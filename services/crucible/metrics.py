@@ -153,6 +153,19 @@ BREAKER_OPEN = Gauge(
 CALL_RETRIES = Counter(
     "service_call_retries_total", "Calls between services that were tried again", ["target"], registry=REGISTRY
 )
+KUBERNETES_SECONDS = Histogram(
+    "kubernetes_api_seconds",
+    "Time until the Kubernetes API server began to answer (code `none`: it did not)",
+    ["verb", "resource", "code"],
+    buckets=_REQUEST_BUCKETS,
+    registry=REGISTRY,
+)
+WATCH_RESTARTS = Counter(
+    "monitor_watch_restarts_total",
+    "Watches of the cluster that broke off and were taken up again",
+    ["resource"],
+    registry=REGISTRY,
+)
 
 
 def exposition() -> bytes:

@@ -119,6 +119,8 @@ def _kind(annotation: Any) -> str:
         return "JSON list" if get_origin(kind) is tuple else "JSON object"
     if Path in (kind, *get_args(kind)):
         return "path"
+    if kind is bool:
+        return "`true`, `false`"
     if int in (kind, *get_args(kind)):
         return "whole number"
     return {float: "number", str: "text", SecretStr: "secret"}[kind]
@@ -162,12 +164,16 @@ def _default(path: tuple[str, ...], field: FieldInfo) -> str:
     if value is None:
         return "unset"
     if isinstance(value, dict):
+        if not value:
+            return "none"
         dumped = {name: item.model_dump() for name, item in value.items()}
         return "<br>".join(_code(f'"{name}": {json.dumps(item)}') for name, item in dumped.items())
     if isinstance(value, tuple):
         return _code(json.dumps(list(value)))
     if path[-1].endswith("_bytes") and format_memory(value) != str(value):
         return f"{_code(value)} ({format_memory(value)})"
+    if isinstance(value, bool):
+        return _code(str(value).lower())
     return _code(f"{value:g}" if isinstance(value, float) else value)
 
 
