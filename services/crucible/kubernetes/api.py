@@ -25,7 +25,7 @@ import orjson
 from crucible import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
+    from collections.abc import AsyncIterator, Generator, Mapping
 
     from crucible.settings import KubernetesSettings
 
@@ -389,6 +389,7 @@ class KubernetesApi:
 
     # -- streams
 
+    @contextlib.asynccontextmanager
     async def watch(
         self,
         resource: Resource,
@@ -398,8 +399,8 @@ class KubernetesApi:
         labels: str | None = None,
         fields: str | None = None,
         window_seconds: int = 10,
-    ) -> AsyncGenerator[tuple[str, Object], None]:
-        """Yield `(ADDED | MODIFIED | DELETED | BOOKMARK, object)` since a resource version, and end after a window.
+    ) -> AsyncIterator[AsyncIterator[tuple[str, Object]]]:
+        """Open a stream of `(ADDED | MODIFIED | DELETED | BOOKMARK, object)` since a resource version; it ends after a window.
 
         The window is short so that a connection that died in silence is noticed soon; going on from the last resource version
         costs the API server next to nothing.
@@ -417,11 +418,7 @@ class KubernetesApi:
         )
         timeout = httpx.Timeout(window_seconds + _WINDOW_GRACE_SECONDS, connect=_CONNECT_SECONDS)
         async with self._stream("watch", resource.plural, resource.path(namespace), params, timeout) as response:
-            async for line in _lines(response):
-                event = orjson.loads(line)
-                if event["type"] == "ERROR":
-                    raise _refusal(event["object"].get("code", 500), event["object"])
-                yield event["type"], event["object"]
+            yield _changes(response)
 
     @contextlib.asynccontextmanager
     async def log(
@@ -538,6 +535,14 @@ async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
             if line:
                 yield line
         await asyncio.sleep(0)  # a long list of changes must not keep the loop from others
+
+
+async def _changes(response: httpx.Response) -> AsyncIterator[tuple[str, Object]]:
+    async for line in _lines(response):
+        event = orjson.loads(line)
+        if event["type"] == "ERROR":
+            raise _refusal(event["object"].get("code", 500), event["object"])
+        yield event["type"], event["object"]
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -154,7 +154,8 @@ class Reflector:
             fields=self._fields,
             window_seconds=_WINDOW_SECONDS,
         )
-        async with contextlib.aclosing(stream) as changes:
+        async with stream as changes:
+            self._heard = time.monotonic()
             async for kind, thing in changes:
                 self._heard = time.monotonic()
                 self._version = thing["metadata"]["resourceVersion"]
