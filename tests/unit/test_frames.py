@@ -26,6 +26,7 @@ from crucible.frames import (
 pytestmark = pytest.mark.unit
 
 fewer = settings(max_examples=50)
+few = settings(max_examples=15)
 FRAMES = st.lists(
     st.builds(Frame, st.sampled_from(Kind), st.integers(0, MAX_AT_MS), st.binary(max_size=60)), max_size=8
 )
@@ -107,7 +108,7 @@ def test_the_largest_frame_travels_and_a_larger_one_is_not_made() -> None:
             frame.encode()
 
 
-@fewer
+@few
 @given(FRAMES, st.lists(st.binary(max_size=40).filter(lambda line: b"\n" not in line), max_size=4), st.data())
 def test_any_cutting_of_a_log_gives_its_frames_whatever_stands_between_them(
     frames: list[Frame], words: list[bytes], data: st.DataObject
@@ -123,7 +124,7 @@ def test_any_cutting_of_a_log_gives_its_frames_whatever_stands_between_them(
     assert decoder.strays.count("!") >= len(words)
 
 
-@fewer
+@few
 @given(FRAMES.filter(bool), st.data())
 def test_a_log_that_breaks_off_gives_what_is_whole_and_reading_goes_on_there(
     frames: list[Frame], data: st.DataObject
