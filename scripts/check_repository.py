@@ -50,7 +50,12 @@ RULES = (
         where=re.compile(r"^\.github/"),
     ),
 )
-SLEEPS = {"time.sleep", "asyncio.sleep", "anyio.sleep", "sleep"}
+SLEEPS = {"time.sleep", "asyncio.sleep", "anyio.sleep", "trio.sleep", "sleep"}
+# Modules whose `sleep` under another name would still be one.
+SLEEPING_MODULES = {"time", "asyncio", "anyio", "trio"}
+# Calls that return when the program has ended: with `sleep` as the program they are one.
+RUNS = {"run", "call", "check_call", "check_output", "system", "getoutput", "create_subprocess_shell"}
+SHELL_SLEEP = re.compile(r"(^|[\s;&|(])sleep\s+[\d.$]")
 # These spell out what is forbidden.
 OWN_RULES = {"scripts/check_repository.py", "tests/unit/test_scripts.py", "pyproject.toml"}
 
@@ -74,15 +79,35 @@ def broken_lines(name: str, text: str) -> Iterator[str]:
 
 
 def is_sleep(node: ast.AST) -> bool:
-    """Tell whether this is a call that passes time; `sleep(0)` only lets others run."""
+    """Tell whether this passes time, or makes a name that does; `sleep(0)` only lets others run."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module in SLEEPING_MODULES and any(name.name == "sleep" for name in node.names)
+    if not isinstance(node, ast.Call):
+        return False
+    if ast.unparse(node.func) in SLEEPS:
+        return [ast.unparse(argument) for argument in node.args] != ["0"]
+    return ast.unparse(node.func).rpartition(".")[2] in RUNS and any(runs_sleep(argument) for argument in node.args)
+
+
+def runs_sleep(argument: ast.expr) -> bool:
+    """Tell whether this is a command that sleeps, as a list of words or as a line for a shell."""
+    if isinstance(argument, ast.List) and argument.elts:
+        return ast.unparse(argument.elts[0]) in ("'sleep'", "'/bin/sleep'", "'/usr/bin/sleep'")
     return (
-        isinstance(node, ast.Call) and ast.unparse(node.func) in SLEEPS and [ast.unparse(a) for a in node.args] != ["0"]
+        isinstance(argument, ast.Constant)
+        and isinstance(argument.value, str)
+        and bool(SHELL_SLEEP.match(argument.value))
     )
 
 
 def sleeping_calls(name: str, text: str) -> Iterator[str]:
-    """Yield a finding for every real call of a sleep; one in a string is code that a sandbox will run."""
+    """Yield a finding for every real sleep in a test; one in a string is code that a sandbox will run."""
     lines = text.splitlines()
+    if not name.endswith(".py"):
+        for number, line in enumerate(lines, start=1):
+            if SHELL_SLEEP.search(line) and not line.lstrip().startswith("#") and ALLOW not in line:
+                yield f"{name}:{number}: a script of the tests sleeps\n    wait for what it needs"
+        return
     for node in ast.walk(ast.parse(text)):
         if is_sleep(node) and ALLOW not in lines[node.lineno - 1]:
             yield f"{name}:{node.lineno}: a test sleeps\n    wait for what it needs: tests/support/waits.py"
@@ -92,7 +117,7 @@ def findings(name: str, text: str) -> Iterator[str]:
     """Yield everything that is wrong with one file."""
     if name not in OWN_RULES:
         yield from broken_lines(name, text)
-    if name.startswith("tests/") and not name.startswith("tests/support/") and name.endswith(".py"):
+    if name.startswith("tests/") and not name.startswith("tests/support/") and name.endswith((".py", ".sh")):
         yield from sleeping_calls(name, text)
 
 

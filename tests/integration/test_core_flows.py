@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.support.folders import scratch_dir
 from tests.support.platform import Client, running_platform
-from tests.support.waits import wait_until_async
+from tests.support.waits import wait_for, wait_until_async
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -110,9 +110,11 @@ async def test_several_megabytes_of_output_come_back_whole(client: Client) -> No
 
 async def test_many_at_once_all_complete_with_their_own_output(client: Client) -> None:
     submitted = await asyncio.gather(*(client.submit(f"print({n} ** 2)") for n in range(30)))
-    ended = await asyncio.gather(*(client.ended(one["id"]) for one in submitted))
-    assert {one["state"] for one in ended} == {"completed"}
-    outputs = [await client.output(one["id"]) for one in ended]
+    results = await wait_for(client, [one["id"] for one in submitted])
+    assert {one.status for one in results} == {"completed"}
+    lives = {tuple(moment.type for moment in one.timeline[:5]) for one in results}
+    assert lives == {("submitted", "queued", "provisioning", "running", "completed")}
+    outputs = [await client.output(one.evaluation_id) for one in results]
     assert outputs == [b"%d\n" % n**2 for n in range(30)]
 
 

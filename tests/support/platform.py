@@ -9,6 +9,7 @@ import httpx
 
 from crucible.local.platform import Platform
 from crucible.settings import Settings
+from tests.support.waits import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -52,9 +53,7 @@ class Client:
 
     async def ended(self, evaluation_id: str, *, wait: float = 30) -> dict[str, Any]:
         """Wait for the end of an evaluation and return it."""
-        found = await self.get(evaluation_id, wait=wait)
-        assert found["state"] in TERMINAL, found
-        return found
+        return (await wait_for(self, evaluation_id, simple=True, seconds=wait)).result
 
     async def run(self, code: str, **fields: Any) -> dict[str, Any]:
         """Submit, wait for the end, and return the evaluation."""

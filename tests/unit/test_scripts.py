@@ -60,6 +60,34 @@ def test_a_test_that_sleeps_is_found_and_code_for_the_sandbox_is_not():
     assert list(check.findings("tests/support/waits.py", "time.sleep(1)")) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tests/unit/test_x.py", "from time import sleep as nap"),
+        ("tests/unit/test_x.py", "from asyncio import sleep"),
+        ("tests/unit/test_x.py", "await anyio.sleep(1)"),
+        ("tests/unit/test_x.py", "subprocess.run(['sleep', '5'], check=True)"),
+        ("tests/unit/test_x.py", "os.system('sleep 5')"),
+        ("tests/cluster/x.sh", "true; sleep 5"),
+    ],
+)
+def test_a_sleep_is_found_under_whatever_name(name: str, line: str):
+    assert len(list(check.findings(name, line))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tests/unit/test_x.py", "subprocess.Popen(['sleep', '600'])"),
+        ("tests/unit/test_x.py", "platform.run('import time; time.sleep(5)')"),
+        ("tests/cluster/x.sh", "exec sleep infinity"),
+        ("scripts/x.sh", "sleep 5"),
+    ],
+)
+def test_what_only_exists_while_others_work_is_no_sleep(name: str, line: str):
+    assert list(check.findings(name, line)) == []
+
+
 def test_uv_is_told_what_pip_was_told_with_the_environment_first():
     listing = "\n".join(
         [
