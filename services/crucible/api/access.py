@@ -6,6 +6,7 @@ works for at most that long elsewhere. Nothing that is not the caller's own is e
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import OrderedDict
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from limits import RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage
+from limits import RateLimitItemPerMinute, WindowStats
+from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from crucible import logs
@@ -26,13 +27,19 @@ from crucible.problems import ProblemError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from limits import RateLimitItem
+    from pydantic import SecretStr
+
     from crucible.clients import StorageClient
+    from crucible.settings import BrokerSettings, Settings
 
 log = logs.get_logger("access")
 
 _KEYS_CACHED = 4096
 # Refusals are remembered too, or a client with a wrong key would ask storage each time; more briefly, since they may be mended.
 _REFUSAL_SECONDS = 2.0
+# Redis answers within a few milliseconds, or is taken for away: a submission does not wait for a counter.
+_SHARED_SECONDS = 0.5
 
 _bearer = HTTPBearer(
     scheme_name="apiKey",
@@ -142,12 +149,16 @@ def audit(who: Principal, action: str, **target: str | float | bool | None) -> N
 
 
 class SubmissionRate:
-    """How fast each owner may submit."""
+    """How fast each owner may submit: counted in Redis for all replicas together, or by this process where there is no Redis.
 
-    def __init__(self, per_second: float) -> None:
+    While Redis is away this process counts by itself too: a limit that is shared out wrongly for a while is better than no submissions.
+    """
+
+    def __init__(self, settings: Settings) -> None:
         # Counted over a minute, so that short bursts pass; a counter per owner, not an entry per submission.
-        self._item = RateLimitItemPerMinute(max(1, round(per_second * 60)))
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._item = RateLimitItemPerMinute(max(1, round(settings.api.rate_per_second * 60)))
+        self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._shared = _Shared(settings.redis_url, settings.broker) if settings.redis_url else None
 
     async def take(self, owner: str, submissions: int) -> None:
         """Count submissions.
@@ -155,13 +166,73 @@ class SubmissionRate:
         Raises:
             ProblemError: 429 with Retry-After; none of them is counted.
         """
-        if await self._limiter.hit(self._item, owner, cost=submissions):
+        refused_until = await self._shared.hit(self._item, owner, submissions) if self._shared else None
+        if refused_until is None:
+            refused_until = await _hit(self._own, self._item, owner, submissions)
+        if refused_until is _TAKEN:
             return
-        stats = await self._limiter.get_window_stats(self._item, owner)
         raise ProblemError(
             "rate-limited",
             f"more than {self._item.amount} submissions in a minute",
-            retry_after=max(1, math.ceil(stats.reset_time - time.time())),
+            retry_after=max(1, math.ceil(refused_until.reset_time - time.time())),
             limit=self._item.amount,
-            remaining=stats.remaining,
+            remaining=refused_until.remaining,
         )
+
+    async def aclose(self) -> None:
+        """Let go of Redis."""
+        if self._shared:
+            await self._shared.aclose()
+
+
+_TAKEN = WindowStats(0.0, 0)
+
+
+async def _hit(
+    limiter: SlidingWindowCounterRateLimiter, item: RateLimitItem, owner: str, submissions: int
+) -> WindowStats:
+    """Count, and return `_TAKEN`, or when there will be room again."""
+    if await limiter.hit(item, owner, cost=submissions):
+        return _TAKEN
+    return await limiter.get_window_stats(item, owner)
+
+
+class _Shared:
+    """The counters in Redis."""
+
+    def __init__(self, url: SecretStr, settings: BrokerSettings) -> None:
+        # Only an installation with a Redis has its client.
+        from crucible.streams.connection import connect  # noqa: PLC0415
+        from crucible.streams.outage import Outage  # noqa: PLC0415
+
+        self._client = connect(url, settings)
+        self._limiter = SlidingWindowCounterRateLimiter(
+            RedisStorage(
+                "async+redis://",
+                implementation="redispy",
+                key_prefix="crucible:rate",
+                connection_pool=self._client.connection_pool,
+            )
+        )
+        self._outage = Outage("rate", "Redis does not count submissions; each replica counts its own")
+
+    async def hit(self, item: RateLimitItem, owner: str, submissions: int) -> WindowStats | None:
+        """Return what `_hit` does; None if Redis does not answer now."""
+        from crucible.streams.connection import stream_errors  # noqa: PLC0415 - as above
+        from crucible.streams.errors import StreamError  # noqa: PLC0415
+
+        if self._outage.seconds_left:
+            return None
+        try:
+            with stream_errors():
+                async with asyncio.timeout(_SHARED_SECONDS):
+                    found = await _hit(self._limiter, item, owner, submissions)
+        except StreamError as error:
+            self._outage.failed(error)
+            return None
+        self._outage.ended()
+        return found
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()

@@ -58,7 +58,7 @@ class Api:
         self.health = Health("api", __version__)
         self.tracing = tracing or Tracing(TracingSettings(), "api")
         self.keys = KeyRing(storage, settings.api.key_cache_seconds)
-        self.rate = SubmissionRate(settings.api.rate_per_second)
+        self.rate = SubmissionRate(settings)
         self.streams = Streams(bus)
         self._capacity: Cached[CapacityReport] = Cached(dispatcher.capacity)
         self._queue: Cached[QueueReport] = Cached(storage.queue)
@@ -78,6 +78,7 @@ class Api:
         await self.streams.ended(_STREAMS_GRACE_SECONDS)
         await self._capacity.aclose()
         await self._queue.aclose()
+        await self.rate.aclose()
 
     def refuse_while_draining(self) -> None:
         """Refuse new work once the service is going away.

@@ -20,8 +20,9 @@ _WAIT_LONGEST_S = 2.0
 class Outage:
     """Of one part, such as the relay. Begins without one."""
 
-    def __init__(self, part: str) -> None:
+    def __init__(self, part: str, says: str = "Redis does not serve events; they wait in the database") -> None:
         self._part = part
+        self._says = says
         self._up = metrics.EVENT_STREAM_UP.labels(part)
         self._since: float | None = None
         self._wait = _WAIT_FIRST_S
@@ -38,7 +39,7 @@ class Outage:
         if self._since is None:
             self._since = time.monotonic()
             log.warning(
-                "Redis does not serve events; they wait in the database",
+                self._says,
                 part=self._part,
                 reason=error.reason,
                 error=str(error),
@@ -52,5 +53,5 @@ class Outage:
         self._up.set(1)
         if self._since is not None:
             away = round(time.monotonic() - self._since, 1)
-            log.info("Redis serves events again", part=self._part, away_seconds=away)
+            log.info("Redis serves again", part=self._part, away_seconds=away)
         self._since, self._wait, self._retry_at = None, _WAIT_FIRST_S, 0.0
