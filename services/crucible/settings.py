@@ -75,7 +75,8 @@ class StorageSettings(_Section):
     pool_size: int = Field(10, ge=1, le=200, description="Database connections kept open")
     objects_url: str | None = Field(
         None,
-        description="Where large outputs go: file:///path or s3://bucket/prefix; unset: a folder under the data folder",
+        description="Where large outputs go: file:///path, s3://bucket/prefix, or `database`, which keeps them there like small ones; "
+        "unset: a folder under the data folder. Replicas of storage must share it, so for several it is never a folder of their own",
     )
     objects_fallback_urls: tuple[str, ...] = Field(
         (), description="Object stores that are still read, while a migration is under way"
@@ -163,6 +164,13 @@ class KubernetesSettings(_Section):
     )
     overhead_cpu_millis: int = Field(
         50, ge=0, description="CPU that the sandbox itself takes, millicores; the same as the RuntimeClass says"
+    )
+    cpu_request_percent: int = Field(
+        100,
+        ge=1,
+        le=100,
+        description="Share of an evaluation's CPU limit that the scheduler sets aside for it, percent; with less, evaluations may slow "
+        "each other down, never end each other (memory is always set aside in full)",
     )
     reserve_cpu_millis: int = Field(
         0, ge=0, description="CPU of each sandbox node that is not for evaluations, millicores"

@@ -47,6 +47,9 @@ STOP = b"S"
 READ_BYTES = 64 * 1024
 # A frame grows to this while it waits to be sent; well below the 1 MiB that a reader accepts.
 FRAME_BYTES = 256 * 1024
+# What a container runtime puts before each entry of its log, and how long an entry may be (containerd's defaults).
+LOG_PREFIX_BYTES = 45
+LOG_ENTRY_BYTES = 16 * 1024
 # Gathered output above which it is sent at once.
 BACKLOG_BYTES = 256 * 1024
 # How long output may be gathered before it is sent: short for a person who follows, long enough to spare the reader a wake-up per line.
@@ -98,6 +101,8 @@ class Plan:
         self.packages = given.get("packages", "")
         self.timeout_seconds = number("timeout_ms") / 1000
         self.output_bytes = number("output_bytes")
+        # What the container's log may take on its node's disk: many small pieces of output take much more than their own bytes.
+        self.log_bytes = number("log_bytes")
         self.processes = number("processes")
         self.open_files = number("open_files")
         self.file_bytes = number("file_bytes")
@@ -178,6 +183,7 @@ class Outbox:
         self._kind = 0
         self._at_ms = 0
         self._piece = bytearray()
+        self.logged = 0
         self.due: float | None = None
         os.set_blocking(descriptor, False)
 
@@ -198,7 +204,9 @@ class Outbox:
     def _seal(self) -> None:
         if self._kind:
             header = bytes((self._kind,)) + self._at_ms.to_bytes(8, "big") + len(self._piece).to_bytes(4, "big")
-            self._encoded += self._seal_with(header + self._piece)
+            sealed = self._seal_with(header + self._piece)
+            self._encoded += sealed
+            self.logged += len(sealed) + LOG_PREFIX_BYTES * (1 + len(sealed) // LOG_ENTRY_BYTES)
             self._kind = 0
             self._piece.clear()
 
@@ -633,6 +641,9 @@ class Run:
             now = monotonic()
             self._counts[kind] += len(data)
             self._outbox.add(kind, now, self._since_start(now), data)
+        if self._plan.log_bytes and self._outbox.logged > self._plan.log_bytes:
+            self._finish("output_limit", "wrote its output in so many small pieces that they take more room than is kept")
+            self._forget_streams()
         return True
 
     def _since_start(self, now: float) -> int:
