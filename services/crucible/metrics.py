@@ -139,6 +139,34 @@ HINT_OLDEST = Gauge("hint_oldest_seconds", "Longest present wait for the first h
 HINTS_REPAIRED = Counter(
     "hints_repaired_total", "Hints that are published again, by why they had to be", ["why"], registry=REGISTRY
 )
+MONITOR_LEADER = Gauge(
+    "monitor_is_leader", "1 while this replica compares what storage and the cluster believe", registry=REGISTRY
+)
+MONITOR_WATCH_LAG = Gauge(
+    "monitor_watch_lag_seconds",
+    "Since the API server was last heard on a watch; a healthy one is heard every 10 s",
+    ["resource"],
+    registry=REGISTRY,
+)
+MONITOR_SANDBOXES = Gauge("monitor_sandboxes", "Sandboxes that this replica follows", registry=REGISTRY)
+MONITOR_SHIPPED = Counter(
+    "monitor_shipped_bytes_total", "Output read from the logs of sandboxes and shipped to storage", registry=REGISTRY
+)
+MONITOR_LOG_RESTARTS = Counter(
+    "monitor_log_restarts_total", "Logs of sandboxes that broke off and were read again", registry=REGISTRY
+)
+MONITOR_FINISH_SECONDS = Histogram(
+    "monitor_finish_seconds",
+    "From learning that a sandbox is over to its recorded end",
+    buckets=_LIFE_BUCKETS,
+    registry=REGISTRY,
+)
+MONITOR_RECONCILED = Counter(
+    "monitor_reconciled_total",
+    "What the leader found to differ between storage and the cluster",
+    ["what"],
+    registry=REGISTRY,
+)
 SLOTS = Gauge("worker_slots", "Worker slots", ["size_class", "state"], registry=REGISTRY)
 WORKER_HINTS = Counter("worker_hints_total", "What became of messages from the broker", ["verdict"], registry=REGISTRY)
 WORKER_CONNECTIONS = Counter(
@@ -164,6 +192,22 @@ WATCH_RESTARTS = Counter(
     "monitor_watch_restarts_total",
     "Watches of the cluster that broke off and were taken up again",
     ["resource"],
+    registry=REGISTRY,
+)
+CLEANUP_OBJECTS = Gauge(
+    "cleanup_objects", "Objects of evaluations that are in the cluster", ["kind"], registry=REGISTRY
+)
+CLEANUP_STUCK = Gauge("cleanup_stuck_objects", "Objects that should be gone and cannot be removed", registry=REGISTRY)
+CLEANUP_REMOVED = Counter(
+    "cleanup_removed_total",
+    "Attempts of which nothing is left in the cluster, by why they went",
+    ["why"],
+    registry=REGISTRY,
+)
+CLEANUP_SECONDS = Histogram(
+    "cleanup_removal_seconds",
+    "From the first step of an attempt's removal until nothing of it is left",
+    buckets=_LIFE_BUCKETS,
     registry=REGISTRY,
 )
 

@@ -14,7 +14,19 @@ import typer
 from typer.exceptions import TyperException
 
 from crucible import __version__
-from crucible.cli import broker, consuming, demo, evaluations, following, openapi, serve, up, upkeep
+from crucible.cli import (
+    broker,
+    cleanup_cluster,
+    consuming,
+    demo,
+    evaluations,
+    following,
+    openapi,
+    serve,
+    setup,
+    up,
+    upkeep,
+)
 from crucible.cli.exit_codes import MEANINGS, ExitCode
 from crucible.cli.session import Session
 
@@ -47,7 +59,9 @@ app.add_typer(upkeep.storage, name="storage")
 app.add_typer(upkeep.dead_letters, name="dead-letters")
 app.add_typer(upkeep.keys, name="keys")
 app.add_typer(broker.broker, name="broker")
+app.command("setup")(setup.setup)
 app.add_typer(serve.serve, name="serve")
+app.command("cleanup-cluster")(cleanup_cluster.cleanup_cluster)
 app.command("openapi")(openapi.openapi)
 
 

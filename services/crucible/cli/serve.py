@@ -91,6 +91,38 @@ def worker(session: Session, *, host: Host = None, port: Port = None) -> None:
     _run(session, make, worker=given(host=host, port=port))
 
 
+@serve.command("cleanup")
+@offline_command
+def cleanup(session: Session, *, host: Host = None, port: Port = None) -> None:
+    """Run what removes from the cluster what is recorded. Needs CRUCIBLE_STORAGE_URL, CRUCIBLE_INTERNAL_TOKEN and a cluster.
+
+    The cluster is the one that this runs in, or the one that CRUCIBLE_KUBERNETES__KUBECONFIG names.
+    """
+
+    def make(settings: Settings) -> Service:
+        from crucible.serve.cleanup import CleanupService  # noqa: PLC0415 - slow to import, and only this needs it
+
+        return CleanupService(settings)
+
+    _run(session, make, cleanup=given(host=host, port=port))
+
+
+@serve.command("monitor")
+@offline_command
+def monitor(session: Session, *, host: Host = None, port: Port = None) -> None:
+    """Run a replica of what watches the cluster's sandboxes. Needs CRUCIBLE_STORAGE_URL and CRUCIBLE_INTERNAL_TOKEN.
+
+    Finds the cluster by CRUCIBLE_KUBERNETES__KUBECONFIG, or as the Pod that it runs in. Only health and metrics are served.
+    """
+
+    def make(settings: Settings) -> Service:
+        from crucible.serve.monitor import MonitorService  # noqa: PLC0415 - slow to import, and only this needs it
+
+        return MonitorService(settings)
+
+    _run(session, make, monitor=given(host=host, port=port))
+
+
 def _run(session: Session, make: Callable[[Settings], Service], **sections: Any) -> None:
     settings = local_settings(**sections)
     from crucible import logs  # noqa: PLC0415 - slow to import, and only this needs it
@@ -111,6 +143,7 @@ def _run(session: Session, make: Callable[[Settings], Service], **sections: Any)
 
 async def _start(session: Session, service: Service) -> None:
     from crucible.broker.errors import BrokerError  # noqa: PLC0415 - slow to import, and only this needs it
+    from crucible.kubernetes.api import KubernetesConfigError  # noqa: PLC0415 - the same
     from crucible.problems import ProblemError  # noqa: PLC0415 - the same
     from crucible.settings import SettingsError  # noqa: PLC0415 - the same
 
@@ -118,7 +151,7 @@ async def _start(session: Session, service: Service) -> None:
         await service.start()
     except SettingsError as error:
         raise typer.BadParameter(str(error), param_hint="environment") from None
-    except (OSError, RuntimeError, ProblemError, BrokerError) as error:
+    except (OSError, RuntimeError, ProblemError, BrokerError, KubernetesConfigError) as error:
         session.report({"type": "about:blank", "title": f"{service.name} did not start", "detail": str(error)})
         raise typer.Exit(ExitCode.UNAVAILABLE) from None
 

@@ -37,6 +37,7 @@ _CONNECT_SECONDS = 2.0
 _READ_SECONDS = 10.0
 _WINDOW_GRACE_SECONDS = 3.0
 _PAGE = 500
+_METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 # Kubernetes' own place for a Pod's identity; tokens are rotated there, so the file is read again this often.
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TOKEN_SECONDS = 30.0
@@ -313,13 +314,20 @@ class KubernetesApi:
         return await self._call("get", resource, "GET", resource.path(namespace, name))
 
     async def list(
-        self, resource: Resource, namespace: str | None = None, *, labels: str | None = None, fields: str | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        *,
+        labels: str | None = None,
+        fields: str | None = None,
+        metadata_only: bool = False,
     ) -> tuple[Objects, str]:
-        """Read all objects that the selectors choose, and the resource version from which a watch goes on."""
+        """Read all objects that the selectors choose (or only their metadata), and the resource version from which a watch goes on."""
+        accept = _METADATA_ONLY if metadata_only else None
         params = _given(labelSelector=labels, fieldSelector=fields, limit=_PAGE)
         items: Objects = []
         while True:
-            page = await self._call("list", resource, "GET", resource.path(namespace), params=params)
+            page = await self._call("list", resource, "GET", resource.path(namespace), params=params, accept=accept)
             items += page.get("items") or []
             metadata = page["metadata"]
             if not metadata.get("continue"):
@@ -446,9 +454,10 @@ class KubernetesApi:
         body: Object | Objects | None = None,
         params: Mapping[str, Any] | None = None,
         content_type: str = "application/json",
+        accept: str | None = None,
     ) -> Any:
         content = None if body is None else orjson.dumps(body)
-        headers = {"Content-Type": content_type} if content is not None else None
+        headers = _given(**{"Content-Type": content_type if content is not None else None, "Accept": accept})
         with _counted(verb, plural) as count, _network_errors():
             response = await self._http.request(method, path, content=content, params=params, headers=headers)
             count.code = str(response.status_code)
