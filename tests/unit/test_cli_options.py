@@ -21,7 +21,16 @@ pytestmark = pytest.mark.unit
 runner = CliRunner()
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
 SERVICES = {"serve storage", "serve dispatcher", "serve api", "serve worker"}
-OFFLINE = SERVICES | {"up", "demo", "openapi", "events consume", "broker definitions", "broker apply", "broker verify"}
+OFFLINE = SERVICES | {
+    "up",
+    "demo",
+    "setup",
+    "openapi",
+    "events consume",
+    "broker definitions",
+    "broker apply",
+    "broker verify",
+}
 
 
 def commands(group: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
