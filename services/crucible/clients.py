@@ -146,19 +146,31 @@ class StorageClient:
         """Record that the code has started. 409 `stale-attempt` if the attempt is void or a cancel was asked for."""
         return await self._send("POST", f"/internal/evaluations/{evaluation_id}/running", c.EvaluationRecord, running)
 
-    async def append_output(self, evaluation_id: str, frames: Sequence[Frame], *, attempt: int, batch: int) -> None:
-        """Ship output frames (STDOUT and STDERR only). `batch` counts from 0 within an attempt; a repeated batch is ignored."""
-        await self._caller.call(
+    async def append_output(self, evaluation_id: str, frames: Sequence[Frame], *, attempt: int, frame: int) -> int:
+        """Ship output frames (STDOUT and STDERR only), and learn how many frames storage has; with none, only learn it.
+
+        Args:
+            evaluation_id: whose output.
+            frames: what it wrote. Those that storage has already are ignored.
+            attempt: its present attempt; 409 `stale-attempt` if it is another one.
+            frame: number of the first of the frames, from 0 within the attempt; 409 `conflict` if one before it is missing.
+        """
+        response = await self._caller.call(
             "POST",
             f"/internal/evaluations/{evaluation_id}/output",
-            params={"attempt": attempt, "batch": batch},
+            params={"attempt": attempt, "frame": frame},
             content=encode_all(frames),
             headers={"Content-Type": "application/octet-stream"},
         )
+        return c.OutputPosition.model_validate_json(response.content).frames
 
     async def finish(self, evaluation_id: str, finish: c.Finish) -> c.EvaluationRecord:
         """Record the end of an attempt: exactly one becomes visible. Repeating the call is harmless; 409 `stale-attempt` if void."""
         return await self._send("POST", f"/internal/evaluations/{evaluation_id}/finish", c.EvaluationRecord, finish)
+
+    async def held(self, *, after: str = "", limit: int = 1000) -> c.HeldPage:
+        """List attempts under way, by id, from the one after `after`."""
+        return await self._get("/internal/held", c.HeldPage, after=after, limit=limit)
 
     async def queue(self) -> c.QueueReport:
         """Read what waits, by size class and priority."""

@@ -277,6 +277,31 @@ class Finish(Frozen):
     actor: str
     outcome: Outcome
     started_at: datetime | None = None
+    collected: bool = Field(
+        False, description="All output is in storage, and a cluster keeps something of the sandbox that may go now"
+    )
+
+
+class OutputPosition(Frozen):
+    """How much output storage has of an attempt."""
+
+    frames: int
+
+
+class HeldAttempt(Frozen):
+    """An attempt under way."""
+
+    evaluation_id: str
+    attempt: int
+    state: State
+    since: datetime = Field(description="When it came into this state")
+
+
+class HeldPage(Frozen):
+    """Attempts under way, by id. `after` asks for the next page; None: this is the last."""
+
+    items: list[HeldAttempt]
+    after: str | None = None
 
 
 class QueueBand(Frozen):

@@ -299,7 +299,7 @@ _WHEN = {
     EventType.FAILED: "It ended otherwise; `reason` says how",
     EventType.TIMEOUT: "It ran, or waited, for too long; `reason` says which",
     EventType.CANCELLED: "It was cancelled",
-    EventType.COLLECTED: "All output is stored, and what a cluster keeps of the sandbox may go; not sent by the `local` profile",
+    EventType.COLLECTED: "All output is stored, and what a cluster keeps of the sandbox may go; written with the terminal event, and not in the `local` profile",
 }
 
 
@@ -398,7 +398,14 @@ _EXAMPLES: dict[EventType, dict[str, Any]] = {
         "data": {"signal": 9, "run_seconds": 30.0},
     },
     EventType.CANCELLED: {"seq": 3, "after": 2.5, "actor": "ann", "reason": Reason.CANCELLED_BY_USER, "data": {}},
-    EventType.COLLECTED: {"seq": 6, "after": 0.5, "state": State.COMPLETED, "attempt": 1, "reason": Reason.EXIT_ZERO},
+    EventType.COLLECTED: {
+        "seq": 6,
+        "after": 0.06,
+        "actor": "monitor/host-5c4b3a2d1e0f",
+        "state": State.COMPLETED,
+        "attempt": 1,
+        "reason": Reason.EXIT_ZERO,
+    },
 }
 
 

@@ -150,7 +150,7 @@ async def test_output_is_hinted_on_its_channel_and_kept_out_of_the_stream(
         record = await bench.submit()
         claim = await bench.claim_one()
         await bench.start(record.id)
-        await bench.client.append_output(record.id, [frame(b"hello")], attempt=claim.attempt, batch=0)
+        await bench.client.append_output(record.id, [frame(b"hello")], attempt=claim.attempt, frame=0)
         await wait_until_async(lambda: channels.of("output"), timeout=5, describe="the channel to hint at output")
     assert channels.of("output")[0]["data"]["stdout_bytes"] == 5
     assert EventType.OUTPUT not in {event.type for event in await all_streamed(redis, bench)}
@@ -514,7 +514,7 @@ async def test_an_api_hears_of_output_through_redis(bench: Bench, redis: Client,
 
             async def heard() -> bool:
                 nonlocal batch
-                await bench.client.append_output(record.id, [frame(b"x")], attempt=claim.attempt, batch=batch)
+                await bench.client.append_output(record.id, [frame(b"x")], attempt=claim.attempt, frame=batch)
                 batch += 1
                 return any(isinstance(queue.get_nowait(), Event) for _ in range(queue.qsize()))
 

@@ -16,7 +16,7 @@ from crucible.frames import Frame, Kind
 from crucible.outcome import Outcome
 from crucible.resilience import CallFailedError
 from tests.support.storage import WORKER, Bench, new_id, outcome_of, running_storage
-from tests.support.waits import pass_time
+from tests.support.waits import pass_time, wait_until_async
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
@@ -108,7 +108,7 @@ async def test_words_of_a_void_attempt_are_refused_and_change_nothing(bench: Ben
     assert await refused(bench.start(record.id, 1)) == "stale-attempt"
     assert await refused(bench.start(record.id, 3)) == "stale-attempt"
     assert await refused(bench.finish(record.id, attempt=1)) == "stale-attempt"
-    output = bench.client.append_output(record.id, [Frame(Kind.STDOUT, 0, b"old")], attempt=1, batch=0)
+    output = bench.client.append_output(record.id, [Frame(Kind.STDOUT, 0, b"old")], attempt=1, frame=0)
     assert await refused(output) == "stale-attempt"
     assert await bench.client.get(record.id) == before
     assert await refused(bench.start(new_id())) == "not-found"
@@ -362,6 +362,56 @@ async def _kill(bench: Bench, record: c.EvaluationRecord) -> None:
         await bench.finish(record.id, Reason.NODE_LOST, attempt=attempt)
 
 
+# -- in a cluster
+
+
+async def test_what_a_cluster_may_delete_is_told_with_the_end_and_after_it(bench: Bench) -> None:
+    record = await bench.submit()
+    await bench.claim_one()
+    await bench.start(record.id)
+    final = await bench.finish(record.id, Reason.EXIT_NONZERO, collected=True)
+    *_, ended, collected = await bench.events(record.id)
+    assert (ended.type, collected.type) == ("failed", "collected")
+    assert (collected.seq, collected.state, collected.reason) == (ended.seq + 1, State.FAILED, Reason.EXIT_NONZERO)
+    assert (final.seq, final.state, collected.data) == (collected.seq, State.FAILED, {})
+    await bench.finish(record.id, Reason.EXIT_NONZERO, collected=True)
+    assert len(await bench.events(record.id)) == collected.seq
+    await wait_until_async(
+        lambda: [event.type for event in bench.heard][-2:] == ["failed", "collected"],
+        timeout=5,
+        describe="the bus to say both, in order",
+    )
+
+
+async def test_an_attempt_that_was_lost_is_queued_again_and_nothing_is_collected(bench: Bench) -> None:
+    record = await bench.submit()
+    for attempt in (1, 2, 3):
+        await bench.claim_one()
+        assert "collected" not in [event.type for event in await bench.events(record.id)]
+        await bench.finish(record.id, Reason.NODE_LOST, attempt=attempt, collected=True)
+    assert [event.type for event in await bench.events(record.id)][-2:] == ["failed", "collected"]
+
+
+async def test_attempts_under_way_are_listed_page_by_page(bench: Bench) -> None:
+    ids = sorted([(await bench.submit()).id for _ in range(5)])
+    for _ in range(4):
+        await bench.claim_one()
+    (waiting,) = [each for each in ids if (await bench.client.get(each)).state is State.QUEUED]
+    under_way = [each for each in ids if each != waiting]
+    await bench.start(under_way[1])
+    items: list[c.HeldAttempt] = []
+    after: str | None = ""
+    while after is not None:
+        page = await bench.client.held(after=after, limit=2)
+        items += page.items
+        after = page.after
+    assert [item.evaluation_id for item in items] == under_way
+    assert [item.state for item in items] == [State.PROVISIONING, State.RUNNING, *[State.PROVISIONING] * 2]
+    assert {item.attempt for item in items} == {1}
+    record = await bench.client.get(under_way[1])
+    assert items[1].since == record.started_at
+
+
 # -- everything at once
 
 
@@ -375,8 +425,8 @@ def _words(bench: Bench, claim: c.Claim, worker: str, chance: random.Random) -> 
     words: list[Coroutine[object, object, object]] = [
         bench.start(told, attempt),
         bench.start(told, attempt),
-        bench.client.append_output(told, output, attempt=attempt, batch=0),
-        bench.client.append_output(told, output, attempt=attempt, batch=0),
+        bench.client.append_output(told, output, attempt=attempt, frame=0),
+        bench.client.append_output(told, output, attempt=attempt, frame=0),
         bench.finish(told, chance.choice(_ENDS), attempt=attempt),
         bench.finish(told, chance.choice(_ENDS), attempt=attempt),
         bench.client.release(told, c.Release(worker=worker, attempt=attempt, detail="")),

@@ -84,7 +84,7 @@ def files_in(folder: Path) -> list[Path]:
 async def ended_with_output(bench: Bench, text: bytes) -> str:
     record = await bench.submit()
     await bench.claim_one()
-    await bench.client.append_output(record.id, [Frame(Kind.STDOUT, 0, text)], attempt=1, batch=0)
+    await bench.client.append_output(record.id, [Frame(Kind.STDOUT, 0, text)], attempt=1, frame=0)
     await bench.finish(record.id)
     return record.id
 
@@ -110,7 +110,7 @@ async def test_s3_by_moto_holds_outputs_like_a_folder_does(s3_endpoint: str) -> 
         await bench.claim_one()
         for batch in range(9):
             piece = text[batch * 1024 * 1024 : (batch + 1) * 1024 * 1024]
-            await bench.client.append_output(record.id, [Frame(Kind.STDERR, 0, piece)], attempt=1, batch=batch)
+            await bench.client.append_output(record.id, [Frame(Kind.STDERR, 0, piece)], attempt=1, frame=batch)
         final = await bench.finish(record.id)
         assert final.stderr == c.OutputInfo(size=len(text), sha256=hashlib.sha256(text).hexdigest())
         assert (await bench.client.output(record.id, "stderr", start=4_000_000, length=700_000))[0] == text[

@@ -132,7 +132,7 @@ async def test_every_call_is_told_to_wait_while_the_database_is_away(bench: Benc
         "claim": storage.queue.claim(c.ClaimRequest(worker="w", wanted={"small": 1})),
         "renew": storage.queue.renew(c.LeaseRenewal(worker="w", held=held)),
         "cancel": storage.attempts.cancel(record.id, c.CancelRequest(actor="ada")),
-        "append": storage.outputs.append(record.id, attempt=1, batch=0, body=b""),
+        "append": storage.outputs.append(record.id, attempt=1, frame=0, body=b""),
         "find_key": storage.keys.find("abcdefgh", "x"),
         "usage": storage.upkeep.usage(),
     }

@@ -41,8 +41,11 @@ async def running(bench: Bench) -> str:
 
 
 async def ship(bench: Bench, evaluation_id: str, batches: Sequence[Sequence[Frame]], *, attempt: int = 1) -> None:
-    for number, batch in enumerate(batches):
-        await bench.client.append_output(evaluation_id, batch, attempt=attempt, batch=number)
+    told = 0
+    for batch in batches:
+        told += len(batch)
+        present = await bench.client.append_output(evaluation_id, batch, attempt=attempt, frame=told - len(batch))
+        assert present == told
 
 
 async def all_frames(bench: Bench, evaluation_id: str, limit: int = 1000) -> list[Frame]:
@@ -113,25 +116,71 @@ async def test_no_output_is_empty_output(bench: Bench) -> None:
     assert await bench.client.frames(final.id) == ([], 0)
 
 
-async def test_a_batch_sent_again_is_ignored(bench: Bench) -> None:
+async def test_a_frame_sent_again_is_ignored(bench: Bench) -> None:
     evaluation_id = await running(bench)
+    present = 0
     for number in (0, 0, 1, 0, 1, 2, 2):
-        batch = [Frame(Kind.STDOUT, 0, f"{number}".encode())]
-        await bench.client.append_output(evaluation_id, batch, attempt=1, batch=number)
+        present = max(present, number + 1)
+        frames = [Frame(Kind.STDOUT, 0, f"{number}".encode())]
+        assert await bench.client.append_output(evaluation_id, frames, attempt=1, frame=number) == present
     assert await bench.client.output(evaluation_id, "stdout") == (b"012", 3)
 
 
-async def test_one_batch_sent_twenty_times_at_once_counts_once(bench: Bench) -> None:
+async def test_of_frames_that_overlap_only_the_new_ones_are_taken(bench: Bench) -> None:
+    evaluation_id = await running(bench)
+    frames = random_frames(11, 40_000, 500)
+    chance = random.Random(12)
+    present = 0
+    while present < len(frames):
+        first = chance.randint(max(0, present - 9), present)
+        last = min(len(frames), first + chance.randint(0, 20))
+        present = max(present, last)
+        assert await bench.client.append_output(evaluation_id, frames[first:last], attempt=1, frame=first) == present
+    assert await all_frames(bench, evaluation_id) == frames
+    final = await bench.finish(evaluation_id)
+    assert final.stdout.sha256 == hashlib.sha256(streams(frames)[0]).hexdigest()
+
+
+async def test_two_who_ship_the_same_output_at_once_ship_it_once(bench: Bench) -> None:
+    evaluation_id = await running(bench)
+    frames = random_frames(13, 6 * MIB, 60_000)
+
+    async def ship_by(most: int, seed: int) -> None:
+        chance = random.Random(seed)
+        position = 0
+        while position < len(frames):
+            count = chance.randint(1, most)
+            await bench.client.append_output(
+                evaluation_id, frames[position : position + count], attempt=1, frame=position
+            )
+            position += count
+
+    await asyncio.gather(ship_by(3, 1), ship_by(7, 2), ship_by(20, 3))
+    assert await all_frames(bench, evaluation_id) == frames
+
+
+async def test_no_frames_ask_how_many_there_are(bench: Bench) -> None:
+    evaluation_id = await running(bench)
+    assert await bench.client.append_output(evaluation_id, [], attempt=1, frame=0) == 0
+    await ship(bench, evaluation_id, split(random_frames(14, 3000, 90), 7))
+    present = len(await all_frames(bench, evaluation_id))
+    assert await bench.client.append_output(evaluation_id, [], attempt=1, frame=0) == present
+    with pytest.raises(CallFailedError) as caught:
+        await bench.client.append_output(evaluation_id, [], attempt=2, frame=0)
+    assert caught.value.slug == "stale-attempt"
+
+
+async def test_frames_sent_twenty_times_at_once_counts_once(bench: Bench) -> None:
     evaluation_id = await running(bench)
     batch = [Frame(Kind.STDOUT, 0, b"once")]
-    await asyncio.gather(*(bench.client.append_output(evaluation_id, batch, attempt=1, batch=0) for _ in range(20)))
+    await asyncio.gather(*(bench.client.append_output(evaluation_id, batch, attempt=1, frame=0) for _ in range(20)))
     assert await bench.client.output(evaluation_id, "stdout") == (b"once", 4)
 
 
-async def test_a_gap_between_batches_is_refused(bench: Bench) -> None:
+async def test_a_gap_between_frames_is_refused(bench: Bench) -> None:
     evaluation_id = await running(bench)
-    with pytest.raises(CallFailedError, match="batch 1 came before batch 0") as caught:
-        await bench.client.append_output(evaluation_id, [Frame(Kind.STDOUT, 0, b"x")], attempt=1, batch=1)
+    with pytest.raises(CallFailedError, match="frame 1 came before frame 0") as caught:
+        await bench.client.append_output(evaluation_id, [Frame(Kind.STDOUT, 0, b"x")], attempt=1, frame=1)
     assert caught.value.slug == "conflict"
 
 
@@ -139,7 +188,7 @@ async def test_a_gap_between_batches_is_refused(bench: Bench) -> None:
 async def test_what_is_not_frames_is_refused(bench: Bench, body: bytes) -> None:
     evaluation_id = await running(bench)
     response = await bench.client._http.post(
-        f"/internal/evaluations/{evaluation_id}/output", params={"attempt": 1, "batch": 0}, content=body
+        f"/internal/evaluations/{evaluation_id}/output", params={"attempt": 1, "frame": 0}, content=body
     )
     assert (response.status_code, response.json()["type"]) == (422, "/problems/invalid-request")
 
@@ -148,7 +197,7 @@ async def test_what_is_not_frames_is_refused(bench: Bench, body: bytes) -> None:
 async def test_frames_that_are_no_output_are_refused(bench: Bench, kind: Kind) -> None:
     evaluation_id = await running(bench)
     with pytest.raises(CallFailedError) as caught:
-        await bench.client.append_output(evaluation_id, [Frame(kind, 0, b"{}")], attempt=1, batch=0)
+        await bench.client.append_output(evaluation_id, [Frame(kind, 0, b"{}")], attempt=1, frame=0)
     assert caught.value.slug == "invalid-request"
 
 
@@ -156,7 +205,7 @@ async def test_a_body_beyond_all_measure_is_refused_before_it_is_read_whole(benc
     evaluation_id = await running(bench)
     body = encode_all([Frame(Kind.STDOUT, 0, bytes(MAX_PAYLOAD)) for _ in range(17)])
     response = await bench.client._http.post(
-        f"/internal/evaluations/{evaluation_id}/output", params={"attempt": 1, "batch": 0}, content=body
+        f"/internal/evaluations/{evaluation_id}/output", params={"attempt": 1, "frame": 0}, content=body
     )
     assert response.status_code == 413
 
@@ -164,8 +213,8 @@ async def test_a_body_beyond_all_measure_is_refused_before_it_is_read_whole(benc
 async def test_followers_hear_that_there_is_more_to_read(bench: Bench) -> None:
     evaluation_id = await running(bench)
     with bench.bus.subscribe(lambda event: event.type is EventType.OUTPUT) as heard:
-        await bench.client.append_output(evaluation_id, [Frame(Kind.STDERR, 0, b"abc")], attempt=1, batch=0)
-        await bench.client.append_output(evaluation_id, [], attempt=1, batch=1)
+        await bench.client.append_output(evaluation_id, [Frame(Kind.STDERR, 0, b"abc")], attempt=1, frame=0)
+        await bench.client.append_output(evaluation_id, [], attempt=1, frame=1)
         event = heard.get_nowait()
         assert heard.empty()
     assert (event.evaluation_id, event.seq, event.state, event.owner) == (evaluation_id, 4, State.RUNNING, "ada")
@@ -264,7 +313,7 @@ async def test_100_megabytes_make_the_round_trip_without_being_held_in_memory(be
         ]
         for frame in frames:
             digests[frame.kind].update(frame.payload)
-        await bench.client.append_output(evaluation_id, frames, attempt=1, batch=number)
+        await bench.client.append_output(evaluation_id, frames, attempt=1, frame=2 * number)
         peak = max(peak, process.memory_info().rss - before)
         rows = max(rows, (await bench.sql("SELECT inline_bytes FROM evaluations"))[0]["inline_bytes"])
     final = await bench.finish(evaluation_id)
@@ -313,11 +362,10 @@ async def test_output_goes_on_while_the_object_store_is_away_and_moves_there_onc
     folder.write_text("not a folder")
     frames = random_frames(8, 9 * MIB, 500_000)
     batches = split(frames, 2)
-    for number, batch in enumerate(batches[:-1]):
-        await bench.client.append_output(evaluation_id, batch, attempt=1, batch=number)
+    await ship(bench, evaluation_id, batches[:-1])
     assert await objects_of(bench) == 0
     folder.unlink()
-    await bench.client.append_output(evaluation_id, batches[-1], attempt=1, batch=len(batches) - 1)
+    await bench.client.append_output(evaluation_id, batches[-1], attempt=1, frame=2 * (len(batches) - 1))
     assert await objects_of(bench) >= 2
     await bench.finish(evaluation_id)
     assert await all_frames(bench, evaluation_id) == frames

@@ -374,7 +374,7 @@ async def test_reads_go_on_beside_writes_and_see_whole_records(bench: Bench) -> 
     async def write() -> None:
         for batch in range(40):
             frames = [Frame(Kind.STDOUT, 0, b"x" * 10), Frame(Kind.STDERR, 0, b"y" * 5)]
-            await bench.client.append_output(record.id, frames, attempt=1, batch=batch)
+            await bench.client.append_output(record.id, frames, attempt=1, frame=2 * batch)
 
     writing = asyncio.create_task(write())
     while not writing.done():

@@ -43,7 +43,7 @@ class Story:
 
     calls: list[str] = field(default_factory=list)
     running: list[c.Running] = field(default_factory=list)
-    batches: dict[int, list[Frame]] = field(default_factory=dict)
+    batches: dict[int, list[Frame]] = field(default_factory=dict)  # by number of the first frame
     finishes: list[c.Finish] = field(default_factory=list)
 
     def frames(self) -> list[Frame]:
@@ -94,10 +94,11 @@ class RecordingStorage:
             (await self._admit(evaluation_id, "running")).running.append(body)
             return self._record(evaluation_id)
 
-        @app.post("/internal/evaluations/{evaluation_id}/output", dependencies=guarded, status_code=204)
-        async def output(evaluation_id: str, attempt: int, batch: int, request: Request) -> None:
+        @app.post("/internal/evaluations/{evaluation_id}/output", dependencies=guarded)
+        async def output(evaluation_id: str, attempt: int, frame: int, request: Request) -> c.OutputPosition:
             story = await self._admit(evaluation_id, "output")
-            story.batches.setdefault(batch, decode_all(await request.body()))
+            batch = story.batches.setdefault(frame, decode_all(await request.body()))
+            return c.OutputPosition(frames=frame + len(batch))
 
         @app.post("/internal/evaluations/{evaluation_id}/finish", dependencies=guarded)
         async def finish(evaluation_id: str, body: c.Finish) -> Response:

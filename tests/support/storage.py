@@ -113,10 +113,17 @@ class Bench:
         return await self.client.running(evaluation_id, c.Running(attempt=attempt, actor="dispatcher", sandbox="box"))
 
     async def finish(
-        self, evaluation_id: str, reason: Reason = Reason.EXIT_ZERO, *, attempt: int = 1, **fields: Any
+        self,
+        evaluation_id: str,
+        reason: Reason = Reason.EXIT_ZERO,
+        *,
+        attempt: int = 1,
+        collected: bool = False,
+        **fields: Any,
     ) -> c.EvaluationRecord:
         """Report the end of an attempt."""
-        report = c.Finish(attempt=attempt, actor="dispatcher", outcome=outcome_of(reason, **fields))
+        outcome = outcome_of(reason, **fields)
+        report = c.Finish(attempt=attempt, actor="dispatcher", outcome=outcome, collected=collected)
         return await self.client.finish(evaluation_id, report)
 
     async def run_one(self, reason: Reason = Reason.EXIT_ZERO, **fields: Any) -> c.EvaluationRecord:

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from crucible import contracts as c
 from crucible import logs, metrics
 from crucible.dispatcher.runtimes import SandboxSpec, SandboxStartError
-from crucible.dispatcher.shipping import Shipper
 from crucible.evaluation import RETRYABLE_REASONS, Reason
 from crucible.frames import Decoder, Frame, FrameError, Kind
 from crucible.outcome import Outcome, RunnerReport, SandboxFacts, decide
+from crucible.watching.shipping import Shipper
 
 if TYPE_CHECKING:
     from collections.abc import Callable

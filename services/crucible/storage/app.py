@@ -125,6 +125,10 @@ def _add_attempts(router: APIRouter, storage: Storage) -> None:
     async def claim_one(evaluation_id: str, body: c.ClaimOne) -> Response:
         return _answer(await storage.queue.claim_one(evaluation_id, body))
 
+    @router.get("/held")
+    async def held(after: str = "", limit: Limit = PAGE_MOST) -> Response:
+        return _answer(await storage.reading.held(after=after, limit=limit))
+
     @router.post("/leases")
     async def renew(body: c.LeaseRenewal) -> Response:
         return _answer(await storage.queue.renew(body))
@@ -147,15 +151,15 @@ def _add_attempts(router: APIRouter, storage: Storage) -> None:
 
 
 def _add_output(router: APIRouter, storage: Storage) -> None:
-    @router.post("/evaluations/{evaluation_id}/output", status_code=204)
-    async def append(evaluation_id: str, request: Request, attempt: Count, batch: Count) -> Response:
+    @router.post("/evaluations/{evaluation_id}/output")
+    async def append(evaluation_id: str, request: Request, attempt: Count, frame: Offset) -> Response:
         body = bytearray()
         async for piece in request.stream():
             body += piece
             if len(body) > _BATCH_BYTES:
                 raise ProblemError("body-too-large", "a batch of output is too large", limit=f"{_BATCH_BYTES} bytes")
-        await storage.outputs.append(evaluation_id, attempt=attempt, batch=batch, body=bytes(body))
-        return Response(status_code=204)
+        present = await storage.outputs.append(evaluation_id, attempt=attempt, frame=frame, body=bytes(body))
+        return _answer(c.OutputPosition(frames=present))
 
     @router.get("/evaluations/{evaluation_id}/output/{stream}")
     async def read(evaluation_id: str, stream: Stream, start: Offset = 0, length: Offset | None = None) -> Response:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from crucible import logs, metrics
 from crucible.contracts import CancelResult, EvaluationRecord
 from crucible.evaluation import HELD_STATES, RETRYABLE_REASONS, Reason, State, terminal_state_of
+from crucible.events import EventType
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
 from crucible.storage.queue import UNHELD
@@ -45,7 +46,7 @@ _READ = "SELECT * FROM evaluations WHERE id = $1"
 # As read: nothing has moved it, no output has come, and nobody has asked for a cancel since.
 _AS_READ = """
 SELECT id, seq FROM evaluations
- WHERE id = $1 AND seq = $2 AND output_batches = $3 AND (cancel_reason IS NOT NULL) = $4 FOR NO KEY UPDATE"""
+ WHERE id = $1 AND seq = $2 AND output_frames = $3 AND (cancel_reason IS NOT NULL) = $4 FOR NO KEY UPDATE"""
 # The same, for those who act because a lease has ended: it may have been renewed since.
 _AS_READ_AND_EXPIRED = _AS_READ.replace(" FOR NO KEY", " AND lease_until < clock_timestamp() FOR NO KEY")
 _STARTING = f"""
@@ -58,13 +59,13 @@ _DEAD_LETTER = """
 INSERT INTO dead_letters (evaluation_id, owner, reason, detail, attempts) VALUES ($1, $2, $3, $4, $5)"""
 _TRIES = 20
 _RETRY_MOST_S = 60
-_NO_OUTPUT = {"output_batches": 0, "output_frames": 0, "stdout_bytes": 0, "stderr_bytes": 0, "inline_bytes": 0}
+_NO_OUTPUT = {"output_frames": 0, "stdout_bytes": 0, "stderr_bytes": 0, "inline_bytes": 0}
 
 
 def _as_read(row: Row, *, expired: bool = False) -> Chosen:
     sql = _AS_READ_AND_EXPIRED if expired else _AS_READ
     return Chosen(
-        State(row["state"]), sql, (row["id"], row["seq"], row["output_batches"], row["cancel_reason"] is not None)
+        State(row["state"]), sql, (row["id"], row["seq"], row["output_frames"], row["cancel_reason"] is not None)
     )
 
 
@@ -141,14 +142,17 @@ class Attempts:
             if report.outcome.reason in RETRYABLE_REASONS:
                 moved = await self._lose_reported(row, report)
             else:
-                moved = await self._end(row, _as_read(row), self._steps(row, report), _measured(report.outcome))
+                steps, changes = self._steps(row, report), _measured(report.outcome)
+                moved = await self._end(row, _as_read(row), steps, changes, collected=report.collected)
             if moved is not None:
                 return evaluation_record(moved)
         raise _changed_too_often(evaluation_id)
 
     async def _lose_reported(self, row: Row, report: Finish) -> Row | None:
         outcome = report.outcome
-        return await self.lose(row, outcome.reason, outcome.detail, report.actor, outcome=outcome)
+        return await self.lose(
+            row, outcome.reason, outcome.detail, report.actor, outcome=outcome, collected=report.collected
+        )
 
     @staticmethod
     def _steps(row: Row, report: Finish) -> list[Step]:
@@ -239,6 +243,7 @@ class Attempts:
         *,
         outcome: Outcome | None = None,
         expired: bool = False,
+        collected: bool = False,
     ) -> Row | None:
         """Settle an attempt that the platform lost. None if the row is no longer as read, or `expired` and its lease is not.
 
@@ -246,7 +251,7 @@ class Attempts:
         """
         chosen = _as_read(row, expired=expired)
         if row["cancel_reason"] is not None:
-            return await self._cancel_lost(row, chosen, actor, detail)
+            return await self._cancel_lost(row, chosen, actor, detail, collected=collected)
         # Giving way on purpose (a drain, an upgrade) says nothing about the evaluation, however often it happens.
         counts = reason is not Reason.PREEMPTED
         losses = row["losses"] + counts
@@ -268,21 +273,23 @@ class Attempts:
         step = Step(terminal_state_of(reason), actor=actor, reason=reason, detail=ended)
         changes: dict[str, object] = _measured(outcome) if outcome else {}
         changes |= {"losses": losses}
-        return await self._end(row, chosen, [step], changes, dead_letter_attempts=losses)
+        return await self._end(row, chosen, [step], changes, dead_letter_attempts=losses, collected=collected)
 
-    async def _cancel_lost(self, row: Row, chosen: Chosen, actor: str, detail: str) -> Row | None:
+    async def _cancel_lost(
+        self, row: Row, chosen: Chosen, actor: str, detail: str, *, collected: bool = False
+    ) -> Row | None:
         step = Step(
             State.CANCELLED,
             actor=row["cancel_actor"] or actor,
             reason=Reason(row["cancel_reason"]),
             detail=f"cancelled on request; {detail}",
         )
-        return await self._end(row, chosen, [step], {})
+        return await self._end(row, chosen, [step], {}, collected=collected)
 
     async def _requeue(self, row: Row, chosen: Chosen, step: Step, changes: Mapping[str, object]) -> Row | None:
         async with self._lifecycle.transaction() as moves:
             moved = await moves.move(chosen, [step], {**UNHELD, **_NO_OUTPUT, **changes})
-            if moved and row["output_batches"]:
+            if moved and row["output_frames"]:
                 await self._outputs.discard(moves.connection, [row["id"]])
         if not moved:
             return None
@@ -302,6 +309,7 @@ class Attempts:
         changes: Mapping[str, object],
         *,
         dead_letter_attempts: int | None = None,
+        collected: bool = False,
     ) -> Row | None:
         digests = await self._outputs.seal(row)
         if digests is None:
@@ -317,6 +325,8 @@ class Attempts:
         }
         if len(steps) > 1:
             everything["started_at"] = steps[0].at
+        if collected:
+            steps = [*steps, Step(end.state, actor=end.actor, reason=end.reason, event=EventType.COLLECTED)]
         if dead_letter_attempts is None:
             moved = await self._lifecycle.move(chosen, steps, everything)
             return moved[0] if moved else None

@@ -1,5 +1,8 @@
 """What evaluations print: taken in batches, kept whole, read by range or in order of arrival.
 
+Frames are numbered from 0 within an attempt, and each is taken once, whoever ships it and however often: what overlaps with what is
+here is cut off, and what would leave a gap is refused. So two who follow one sandbox for a moment harm nothing.
+
 The two streams are kept apart, with an index of frame headers that says how they interleave. A batch first lies in the database; once
 a few megabytes have gathered they move to the object store as one segment, so that neither a row nor this process ever holds a
 large output. Nothing is cut off here: what an evaluation may print at most is the runner's business.
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from crucible import logs
 from crucible.contracts import OutputInfo
-from crucible.evaluation import State
+from crucible.evaluation import HELD_STATES, State
 from crucible.events import Event, EventType
 from crucible.frames import HEADER, Frame, FrameError, Kind, decode_all
 from crucible.problems import ProblemError
@@ -45,31 +48,31 @@ EMPTY_SHA256 = hashlib.sha256(b"").digest()
 _APPEND = f"""
 WITH counted AS (
     UPDATE evaluations
-       SET output_batches = output_batches + 1, output_frames = output_frames + $4,
+       SET output_frames = output_frames + $4,
            stdout_bytes = stdout_bytes + $5, stderr_bytes = stderr_bytes + $6, inline_bytes = inline_bytes + $5 + $6
-     WHERE id = $1 AND attempt = $2 AND output_batches = $3 AND {HELD}
+     WHERE id = $1 AND attempt = $2 AND output_frames = $3 AND {HELD}
  RETURNING *
 ),
 kept AS (
-    INSERT INTO output_chunks (evaluation_id, attempt, first_batch, batches, first_frame, frames,
+    INSERT INTO output_chunks (evaluation_id, attempt, first_frame, frames,
                                stdout_start, stdout_length, stderr_start, stderr_length, stdout, stderr, frame_index)
-    SELECT id, attempt, $3, 1, output_frames - $4, $4, stdout_bytes - $5, $5, stderr_bytes - $6, $6, $7, $8, $9 FROM counted
+    SELECT id, attempt, $3, $4, stdout_bytes - $5, $5, stderr_bytes - $6, $6, $7, $8, $9 FROM counted
 )
 SELECT * FROM counted"""  # noqa: S608 - constants
 
 _INLINE = """
 SELECT * FROM output_chunks
- WHERE evaluation_id = $1 AND attempt = $2 AND object_id IS NULL ORDER BY first_batch LIMIT $3"""
+ WHERE evaluation_id = $1 AND attempt = $2 AND object_id IS NULL ORDER BY first_frame LIMIT $3"""
 
 _CHUNKS = """
-SELECT first_batch, object_id, stdout_length, stderr_length, frames FROM output_chunks
- WHERE evaluation_id = $1 AND attempt = $2 ORDER BY first_batch"""
+SELECT first_frame, object_id, stdout_length, stderr_length, frames FROM output_chunks
+ WHERE evaluation_id = $1 AND attempt = $2 ORDER BY first_frame"""
 
 # Digests of what is small enough to be in the database whole.
 _INLINE_DIGESTS = """
-SELECT count(*) = $3 AS whole,
-       sha256(coalesce(string_agg(stdout, ''::bytea ORDER BY first_batch), '')) AS stdout,
-       sha256(coalesce(string_agg(stderr, ''::bytea ORDER BY first_batch), '')) AS stderr
+SELECT coalesce(sum(frames), 0) = $3 AS whole,
+       sha256(coalesce(string_agg(stdout, ''::bytea ORDER BY first_frame), '')) AS stdout,
+       sha256(coalesce(string_agg(stderr, ''::bytea ORDER BY first_frame), '')) AS stderr
   FROM output_chunks WHERE evaluation_id = $1 AND attempt = $2 AND object_id IS NULL"""
 
 
@@ -82,17 +85,17 @@ SELECT c.object_id, c.stdout_length,
                  FOR (least($3 - c.{stream}_start, c.{stream}_length) - greatest($2 - c.{stream}_start, 0))::int) AS piece
   FROM evaluations AS e JOIN output_chunks AS c ON c.evaluation_id = e.id AND c.attempt = e.attempt
  WHERE e.id = $1 AND c.{stream}_start < $3 AND c.{stream}_start + c.{stream}_length > $2
- ORDER BY c.first_batch"""  # noqa: S608 - one of two names
+ ORDER BY c.first_frame"""  # noqa: S608 - one of two names
 
 
 _RANGE: dict[Stream, str] = {"stdout": _range_sql("stdout"), "stderr": _range_sql("stderr")}
 
 _FRAMES = """
 SELECT * FROM (
-    SELECT c.*, sum(c.stdout_length + c.stderr_length) OVER (ORDER BY c.first_batch) - c.stdout_length - c.stderr_length AS before
+    SELECT c.*, sum(c.stdout_length + c.stderr_length) OVER (ORDER BY c.first_frame) - c.stdout_length - c.stderr_length AS before
       FROM evaluations AS e JOIN output_chunks AS c ON c.evaluation_id = e.id AND c.attempt = e.attempt
      WHERE e.id = $1 AND c.first_frame + c.frames > $2) AS f
- WHERE f.before < $3 ORDER BY f.first_batch LIMIT $4"""
+ WHERE f.before < $3 ORDER BY f.first_frame LIMIT $4"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +166,48 @@ class Outputs:
     # -- taking in
 
     @timed("append_output")
-    async def append(self, evaluation_id: str, *, attempt: int, batch: int, body: bytes) -> None:
-        """Add a batch of frames. A batch that is here already is ignored.
+    async def append(self, evaluation_id: str, *, attempt: int, frame: int, body: bytes) -> int:
+        """Add frames, the first of which is number `frame` of its attempt, and return how many there are now.
+
+        Those that are here already are left out; no frames at all only ask how many there are.
 
         Raises:
-            ProblemError: `stale-attempt`, the attempt is void; `conflict`, a batch before this one is missing;
+            ProblemError: `stale-attempt`, the attempt is void; `conflict`, a frame before these is missing;
                 `invalid-request`, the body is not frames of output; `not-found`.
         """
         frames = _decode(body)
+        while True:
+            row = await self._add(evaluation_id, attempt, frame, frames) if frames else None
+            if row is not None:
+                break
+            present, state = await self._frames_present(evaluation_id, attempt)
+            if frames and frame + len(frames) <= present:
+                return present
+            if state not in HELD_STATES:
+                raise ProblemError("stale-attempt", f"attempt {attempt} is void: the evaluation is {state}")
+            if not frames:
+                return present
+            if frame > present:
+                raise ProblemError("conflict", f"frame {frame} came before frame {present}")
+            # Their beginning is here, or came in between.
+            frames, frame = frames[present - frame :], present
+        self._bus.publish(_output_event(row))
+        if row["inline_bytes"] >= SEGMENT_BYTES:
+            try:
+                await self._flush(row)
+            except ProblemError as error:
+                # The output is safe where it is; the next batch, or the end, tries again.
+                log.warning("output stays in the database for now", evaluation_id=evaluation_id, error=error.detail)
+        return frame + len(frames)
+
+    async def _add(self, evaluation_id: str, attempt: int, frame: int, frames: Sequence[Frame]) -> Row | None:
+        """Put frames behind what is there. None if they do not begin where that ends, or the attempt is void."""
         split = _Split.of(frames)
-        row = await self._database.fetchrow(
+        return await self._database.fetchrow(
             _APPEND,
             evaluation_id,
             attempt,
-            batch,
+            frame,
             len(frames),
             len(split.stdout),
             len(split.stderr),
@@ -184,29 +215,16 @@ class Outputs:
             split.stderr,
             split.index,
         )
-        if row is None:
-            await self._explain_refusal(evaluation_id, attempt, batch)
-            return
-        if frames:
-            self._bus.publish(_output_event(row))
-        if row["inline_bytes"] >= SEGMENT_BYTES:
-            try:
-                await self._flush(row)
-            except ProblemError as error:
-                # The output is safe where it is; the next batch, or the end, tries again.
-                log.warning("output stays in the database for now", evaluation_id=evaluation_id, error=error.detail)
 
-    async def _explain_refusal(self, evaluation_id: str, attempt: int, batch: int) -> None:
+    async def _frames_present(self, evaluation_id: str, attempt: int) -> tuple[int, State]:
         row = await self._database.fetchrow(
-            "SELECT state, attempt, output_batches FROM evaluations WHERE id = $1", evaluation_id
+            "SELECT state, attempt, output_frames FROM evaluations WHERE id = $1", evaluation_id
         )
         if row is None:
             raise ProblemError("not-found", f"there is no evaluation {evaluation_id}")
-        if row["attempt"] == attempt and batch < row["output_batches"]:
-            return
-        if row["attempt"] == attempt and row["state"] in (State.PROVISIONING, State.RUNNING):
-            raise ProblemError("conflict", f"batch {batch} came before batch {row['output_batches']}")
-        raise ProblemError("stale-attempt", f"attempt {attempt} is void: the evaluation is {row['state']}")
+        if row["attempt"] != attempt:
+            raise ProblemError("stale-attempt", f"attempt {attempt} is void: it is at attempt {row['attempt']}")
+        return row["output_frames"], State(row["state"])
 
     async def _flush(self, row: Row, *, everything: bool = False) -> None:
         """Move what lies in the database to the object store, a segment at a time."""
@@ -220,7 +238,7 @@ class Outputs:
             )
             del parts
             first = chunks[0]
-            name = f"output/{row['id']}/{row['attempt']}/{first['first_batch']:08}"
+            name = f"output/{row['id']}/{row['attempt']}/{first['first_frame']:010}"
             stored = await self._store.write(name, body)
             async with self._database.transaction() as connection:
                 object_id = await self._store.adopt(connection, stored)
@@ -232,8 +250,8 @@ class Outputs:
         chunks: list[Row] = []
         size = 0
         found = await self._database.fetch(
-            """SELECT first_batch, stdout_length + stderr_length AS size FROM output_chunks
-                WHERE evaluation_id = $1 AND attempt = $2 AND object_id IS NULL ORDER BY first_batch""",
+            """SELECT first_frame, stdout_length + stderr_length AS size FROM output_chunks
+                WHERE evaluation_id = $1 AND attempt = $2 AND object_id IS NULL ORDER BY first_frame""",
             row["id"],
             row["attempt"],
         )
@@ -258,22 +276,20 @@ class Outputs:
         )
         removed = await connection.execute(
             """DELETE FROM output_chunks WHERE evaluation_id = $1 AND attempt = $2
-                  AND first_batch BETWEEN $3 AND $4 AND object_id IS NULL""",
+                  AND first_frame BETWEEN $3 AND $4 AND object_id IS NULL""",
             first["evaluation_id"],
             first["attempt"],
-            first["first_batch"],
-            last["first_batch"],
+            first["first_frame"],
+            last["first_frame"],
         )
         if present is None or removed != f"DELETE {len(chunks)}":
             return False
         await connection.execute(
-            """INSERT INTO output_chunks (evaluation_id, attempt, first_batch, batches, first_frame, frames, stdout_start,
+            """INSERT INTO output_chunks (evaluation_id, attempt, first_frame, frames, stdout_start,
                                           stdout_length, stderr_start, stderr_length, object_id)
-               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)""",
+               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)""",
             first["evaluation_id"],
             first["attempt"],
-            first["first_batch"],
-            sum(chunk["batches"] for chunk in chunks),
             first["first_frame"],
             sum(chunk["frames"] for chunk in chunks),
             first["stdout_start"],
@@ -292,7 +308,7 @@ class Outputs:
         Raises:
             ProblemError: `unavailable`, part of a large output cannot be read back now.
         """
-        if row["output_batches"] == 0:
+        if row["output_frames"] == 0:
             return Digests(EMPTY_SHA256, EMPTY_SHA256)
         size = row["stdout_bytes"] + row["stderr_bytes"]
         unsettled = False
@@ -314,7 +330,7 @@ class Outputs:
     async def _inline_digests(self, row: Row) -> Digests | None:
         if row["stdout_bytes"] + row["stderr_bytes"] > SEGMENT_BYTES:
             return None
-        found = await self._database.fetchrow(_INLINE_DIGESTS, row["id"], row["attempt"], row["output_batches"])
+        found = await self._database.fetchrow(_INLINE_DIGESTS, row["id"], row["attempt"], row["output_frames"])
         return Digests(found["stdout"], found["stderr"]) if found is not None and found["whole"] else None
 
     async def _long_digests(self, row: Row) -> Digests | None:
@@ -333,10 +349,10 @@ class Outputs:
                 yield _Split.of_object(await self._store.read(chunk["object_id"]), chunk)
                 continue
             inline = await self._database.fetchrow(
-                "SELECT stdout, stderr, frame_index FROM output_chunks WHERE evaluation_id = $1 AND attempt = $2 AND first_batch = $3",
+                "SELECT stdout, stderr, frame_index FROM output_chunks WHERE evaluation_id = $1 AND attempt = $2 AND first_frame = $3",
                 row["id"],
                 row["attempt"],
-                chunk["first_batch"],
+                chunk["first_frame"],
             )
             if inline is not None:
                 yield _Split.of_chunk(inline)

@@ -17,12 +17,12 @@ import orjson
 from sqlalchemy import literal, select, tuple_
 from sqlalchemy.dialects.postgresql import JSONB
 
-from crucible.contracts import EvaluationPage, EvaluationRecord, EventList, Payload, Statistics
+from crucible.contracts import EvaluationPage, EvaluationRecord, EventList, HeldAttempt, HeldPage, Payload, Statistics
 from crucible.evaluation import Reason, State, Violation, terminal_state_of
 from crucible.problems import ProblemError
 from crucible.storage.engine import timed
 from crucible.storage.records import evaluation_record, event
-from crucible.storage.tables import evaluations
+from crucible.storage.tables import HELD, evaluations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +41,9 @@ SELECT * FROM events
  WHERE (xact, id) > ($1::text::xid8, $2::bigint) AND xact < pg_snapshot_xmin(pg_current_snapshot())
    AND ($3::text IS NULL OR owner = $3)
  ORDER BY xact, id LIMIT $4"""
+# The index of what is held has as many entries as there are slots, so that sorting them costs nothing.
+_HELD_PAGE = f"""
+SELECT id, attempt, state, started_at, provisioning_at FROM evaluations WHERE {HELD} AND id > $1 ORDER BY id LIMIT $2"""  # noqa: S608 - constants
 _HORIZON = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text"
 
 
@@ -176,6 +179,21 @@ class Reading:
         if not rows:
             await self.get(evaluation_id)
         return EventList(events=[event(row) for row in rows])
+
+    @timed("held")
+    async def held(self, *, after: str, limit: int) -> HeldPage:
+        """List attempts under way, by id, from the one after `after`."""
+        rows = await self._database.fetch(_HELD_PAGE, after, limit)
+        items = [
+            HeldAttempt(
+                evaluation_id=row["id"],
+                attempt=row["attempt"],
+                state=State(row["state"]),
+                since=row["started_at"] or row["provisioning_at"],
+            )
+            for row in rows
+        ]
+        return HeldPage(items=items, after=items[-1].evaluation_id if len(items) == limit else None)
 
     @timed("event_stream")
     async def event_stream(self, *, owner: str | None, cursor: str | None, limit: int) -> EventList:

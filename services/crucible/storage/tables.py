@@ -119,7 +119,6 @@ evaluations = Table(
     Column("cpu_seconds", Double),
     Column("run_seconds", Double),
     # Output of the present attempt. `inline_bytes` is the part of it that is still in this database.
-    Column("output_batches", Integer, nullable=False, server_default="0"),
     Column("output_frames", BigInteger, nullable=False, server_default="0"),
     Column("stdout_bytes", BigInteger, nullable=False, server_default="0"),
     Column("stderr_bytes", BigInteger, nullable=False, server_default="0"),
@@ -242,9 +241,7 @@ output_chunks = Table(
     metadata,
     Column("evaluation_id", Text, ForeignKey(evaluations.c.id), primary_key=True),
     Column("attempt", Integer, primary_key=True),
-    Column("first_batch", Integer, primary_key=True),
-    Column("batches", Integer, nullable=False),
-    Column("first_frame", BigInteger, nullable=False),
+    Column("first_frame", BigInteger, primary_key=True, autoincrement=False),
     Column("frames", Integer, nullable=False),
     Column("stdout_start", BigInteger, nullable=False),
     Column("stdout_length", BigInteger, nullable=False),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from datetime import datetime
 
+    from crucible.events import EventType
     from crucible.storage.engine import Connection, Database, Row
 
 
@@ -36,7 +37,10 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a transition, and so one event. `at` defaults to now."""
+    """One step of a transition, and so one event. `at` defaults to now.
+
+    With `event` it is an event that moves nothing: `state` is the one that the step before it led to.
+    """
 
     state: State
     actor: str
@@ -44,6 +48,7 @@ class Step:
     detail: str | None = None
     at: datetime | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
+    event: EventType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Sql:
 NOW = Sql("picked.at")
 NULL = Sql("NULL")
 _STEP_COLUMNS = {
+    "type": "text",
     "state": "text",
     "actor": "text",
     "at": "timestamptz",
@@ -87,7 +93,7 @@ moved AS (
 ),
 recorded AS (
     INSERT INTO events (evaluation_id, seq, type, at, owner, actor, state, attempt, reason, detail, data)
-    SELECT m.id, m.seq - ${steps}::int + s.n, s.state, coalesce(s.at, m.moved_at), m.owner, s.actor, s.state, m.attempt,
+    SELECT m.id, m.seq - ${steps}::int + s.n, s.type, coalesce(s.at, m.moved_at), m.owner, s.actor, s.state, m.attempt,
            s.reason, s.detail, s.data::jsonb
       FROM moved AS m
      CROSS JOIN unnest({arrays}) WITH ORDINALITY AS s({", ".join(_STEP_COLUMNS)}, n)
@@ -120,8 +126,9 @@ async def transition(
     """
     state = chosen.current
     for step in steps:
-        check_transition(state, step.state, step.reason)
-        state = step.state
+        if step.event is None:
+            check_transition(state, step.state, step.reason)
+            state = step.state
     values = tuple(value.text if isinstance(value, Sql) else None for value in changes.values())
     sql = _statement(chosen.sql, len(chosen.args), tuple(changes), values, payload)
     return await connection.fetch(
@@ -130,6 +137,7 @@ async def transition(
         chosen.current,
         state,
         len(steps),
+        [step.event or step.state for step in steps],
         [step.state for step in steps],
         [storable_text(step.actor) for step in steps],
         [step.at for step in steps],
@@ -146,6 +154,8 @@ def _seconds(row: Row, since: str, until: str) -> float:
 
 def _count(rows: Sequence[Row], steps: Sequence[Step]) -> None:
     for step in steps:
+        if step.event is not None:
+            continue
         match step.state:
             case State.PROVISIONING:
                 for row in rows:

@@ -56,8 +56,9 @@ async def _follow_one(api: Api, evaluation_id: str, after: int) -> AsyncIterator
             for event in events:
                 yield _message(event, str(event.seq))
                 after = event.seq
-                if event.state.terminal:
-                    return
+            if events and events[-1].state.terminal:
+                # What follows the terminal event was written with it.
+                return
             if not events and (record := await whole(api.storage.get(evaluation_id))).state.terminal:
                 if record.seq > after:
                     # It ended between the two readings.
@@ -83,7 +84,7 @@ async def get_evaluation_events(
 ) -> Response:
     """Read what happened to an evaluation. With `Accept: text/event-stream`, follow it: each event's id is its `seq`.
 
-    A stream that broke off is resumed with `Last-Event-ID`, without gaps and without repeats; it ends after the terminal event.
+    A stream that broke off is resumed with `Last-Event-ID`, without gaps and without repeats; it ends after the last event.
     """
     api = api_of(request)
     record = await api.find(who, evaluation_id)

@@ -2,6 +2,8 @@
 
 A run that is over in a moment is told as one: its end says when it began, and storage records both.
 
+Output is placed by the number of its first frame, so that whoever takes over from another goes on where storage is.
+
 A call that fails is made again until storage is back; meanwhile the sandbox's output waits, and the sandbox with it. Two
 answers end the trying: that the attempt is not the evaluation's own any more, and that what was sent is not acceptable, which is a
 mistake of the platform's and becomes the attempt's end, in plain sight.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from crucible import contracts as c
 from crucible import logs
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from crucible.clients import StorageClient
 
 log = logs.get_logger("shipping")
+T = TypeVar("T")
 
 # A run that ends sooner than this is not announced on its own, which spares half of the short ones' calls.
 _ANNOUNCE_SECONDS = 0.02
@@ -35,13 +38,12 @@ _ANNOUNCE_SECONDS = 0.02
 _FLUSH_SECONDS = 0.03
 _FLUSH_BYTES = 512 * 1024
 _BATCH_BYTES = MAX_PAYLOAD
-# Output that may wait here before the sandbox is made to wait.
-_ROOM_BYTES = 4 * 1024 * 1024
+ROOM_BYTES = 4 * 1024 * 1024
 _RETRY_FIRST_S = 0.1
 _RETRY_MAX_S = 5.0
 # Answers of storage that no repetition can change: there is no such evaluation, or the attempt is void; and: the call is wrong.
-_STALE_STATUSES = frozenset({404, 409})
-_REFUSED_STATUSES = frozenset({400, 405, 413, 415, 422})
+_STALE_SLUGS = frozenset({"not-found", "stale-attempt"})
+_REFUSED_STATUSES = frozenset({400, 404, 405, 409, 413, 415, 422})
 
 
 class StaleAttemptError(Exception):
@@ -49,7 +51,28 @@ class StaleAttemptError(Exception):
 
 
 class RefusedError(Exception):
-    """Storage will never take this: the dispatcher and it do not understand each other."""
+    """Storage will never take this: the sender and it do not understand each other."""
+
+
+async def until_taken(evaluation_id: str, call: Callable[[], Awaitable[T]]) -> T:
+    """Make a call to storage until it has taken it, and return its answer.
+
+    Raises:
+        StaleAttemptError: it never will, since the attempt is void.
+        RefusedError: it never will, since the call is wrong.
+    """
+    pause = _RETRY_FIRST_S
+    while True:
+        try:
+            return await call()
+        except CallFailedError as error:
+            if error.slug in _STALE_SLUGS:
+                raise StaleAttemptError from error
+            if error.status in _REFUSED_STATUSES:
+                raise RefusedError(f"storage refused the sandbox's report: {error}"[:500]) from error
+            log.warning("storage did not take it; trying again", evaluation_id=evaluation_id, error=str(error))
+        await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - spreads load, no secret
+        pause = min(pause * 2, _RETRY_MAX_S)
 
 
 class Shipper:
@@ -59,9 +82,12 @@ class Shipper:
         storage: where to.
         evaluation_id: whose attempt.
         attempt: its number.
-        actor: this dispatcher.
+        actor: who tells it.
         sandbox: name of the sandbox.
         on_stale: called once when storage says that the attempt is void.
+        first_frame: number of the first frame of output that will be told.
+        room_bytes: output that may wait here before the sandbox is made to wait.
+        collected: whether a cluster keeps something of the sandbox that may go once its end is recorded.
     """
 
     def __init__(
@@ -73,6 +99,9 @@ class Shipper:
         actor: str,
         sandbox: str,
         on_stale: Callable[[], None],
+        first_frame: int = 0,
+        room_bytes: int = ROOM_BYTES,
+        collected: bool = False,
     ) -> None:
         self._storage = storage
         self._id = evaluation_id
@@ -85,7 +114,10 @@ class Shipper:
         self._announce_due = False
         self._frames: list[Frame] = []
         self._bytes = 0
-        self._batch = 0
+        # Number of the first frame that waits here.
+        self._position = first_frame
+        self._room_bytes = room_bytes
+        self._collected = collected
         self._due = False
         self._outcome: Outcome | None = None
         self._refusal: str | None = None
@@ -113,7 +145,7 @@ class Shipper:
         self._bytes += HEADER.size + len(frame.payload)
         if self._bytes >= _FLUSH_BYTES:
             self._flush()
-        if self._bytes >= _ROOM_BYTES:
+        if self._bytes >= self._room_bytes:
             self._room.clear()
 
     def _flush(self) -> None:
@@ -161,7 +193,7 @@ class Shipper:
         running = c.Running(attempt=self._attempt, actor=self._actor, sandbox=self._sandbox)
         self._announced = True
         try:
-            await self._persist(lambda: self._storage.running(self._id, running))
+            await until_taken(self._id, lambda: self._storage.running(self._id, running))
         except StaleAttemptError:
             # Void, or a cancel was recorded before the code began. Either way the end is still told: a recorded cancel waits for it.
             self._on_stale()
@@ -175,46 +207,31 @@ class Shipper:
             count += 1
         batch = self._frames[:count]
         try:
-            await self._persist(
-                lambda: self._storage.append_output(self._id, batch, attempt=self._attempt, batch=self._batch)
+            await until_taken(
+                self._id,
+                lambda: self._storage.append_output(self._id, batch, attempt=self._attempt, frame=self._position),
             )
         except StaleAttemptError:
             self._drop_output()
             return
-        self._batch += 1
+        self._position += count
         del self._frames[:count]
         self._bytes -= sum(HEADER.size + len(frame.payload) for frame in batch)
         self._due = self._bytes >= _FLUSH_BYTES
         if self._frames and not self._due:
             asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush)
-        if self._bytes < _ROOM_BYTES:
+        if self._bytes < self._room_bytes:
             self._room.set()
 
     async def _finish(self, outcome: Outcome) -> None:
         if self._refusal:
             outcome = Outcome(state=State.FAILED, reason=Reason.SANDBOX_ERROR, detail=self._refusal)
-        finish = c.Finish(attempt=self._attempt, actor=self._actor, outcome=outcome, started_at=self._started_at)
+        finish = c.Finish(
+            attempt=self._attempt,
+            actor=self._actor,
+            outcome=outcome,
+            started_at=self._started_at,
+            collected=self._collected,
+        )
         with contextlib.suppress(StaleAttemptError):
-            await self._persist(lambda: self._storage.finish(self._id, finish))
-
-    async def _persist(self, call: Callable[[], Awaitable[object]]) -> None:
-        """Make a call until storage has taken it.
-
-        Raises:
-            StaleAttemptError: it never will, since the attempt is void.
-            RefusedError: it never will, since the call is wrong.
-        """
-        pause = _RETRY_FIRST_S
-        while True:
-            try:
-                await call()
-            except CallFailedError as error:
-                if error.status in _STALE_STATUSES:
-                    raise StaleAttemptError from error
-                if error.status in _REFUSED_STATUSES:
-                    raise RefusedError(f"storage refused the sandbox's report: {error}"[:500]) from error
-                log.warning("storage did not take it; trying again", evaluation_id=self._id, error=str(error))
-            else:
-                return
-            await asyncio.sleep(pause * (0.5 + random.random()))  # noqa: S311 - spreads load, no secret
-            pause = min(pause * 2, _RETRY_MAX_S)
+            await until_taken(self._id, lambda: self._storage.finish(self._id, finish))
