@@ -1,0 +1,69 @@
+"""Letting the cluster have back what is recorded: the mark on the Job for the cleanup, then the finalizer that kept its Pods."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+from crucible import logs, names
+from crucible.kubernetes.api import JOBS, PODS, ApiError
+from crucible.watching.facts import holds_output
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from crucible.kubernetes.api import KubernetesApi, Object
+
+log = logs.get_logger("release")
+
+_RETRY_FIRST_S = 0.2
+_RETRY_MAX_S = 5.0
+
+
+async def mark_collected(api: KubernetesApi, namespace: str, sandbox: str) -> None:
+    """Say on the Job that everything about it is recorded; tries until the API server has it. No Job, no mark."""
+    mark = {"metadata": {"labels": {names.LABEL_COLLECTED: "true"}}}
+    await _until_done(sandbox, lambda: api.patch(JOBS, sandbox, mark, namespace))
+
+
+async def let_pods_go(api: KubernetesApi, namespace: str, sandbox: str, pods: Iterable[Object]) -> None:
+    """Take our finalizer off Pods, so that deleting them works; tries until the API server has it."""
+    for pod in pods:
+        await _until_done(sandbox, lambda pod=pod: _take_off(api, namespace, pod))  # type: ignore[misc]
+
+
+async def _take_off(api: KubernetesApi, namespace: str, pod: Object) -> None:
+    """Remove the finalizer from the Pod as it was seen; if it has changed since, as it is now."""
+    name = pod["metadata"]["name"]
+    while holds_output(pod):
+        metadata = pod["metadata"]
+        kept = [each for each in metadata.get("finalizers") or [] if each != names.FINALIZER_OUTPUT]
+        # Conditional on the version, since a merge replaces the whole list and others have finalizers there too.
+        patch = {"metadata": {"finalizers": kept, "resourceVersion": metadata["resourceVersion"]}}
+        try:
+            await api.patch(PODS, name, patch, namespace)
+        except ApiError as error:
+            if not error.conflict:
+                raise
+            uid, pod = metadata["uid"], await api.get(PODS, name, namespace)
+            if pod["metadata"]["uid"] != uid:
+                return
+        else:
+            return
+
+
+async def _until_done(sandbox: str, call: Callable[[], Awaitable[object]]) -> None:
+    pause = _RETRY_FIRST_S
+    while True:
+        try:
+            await call()
+        except ApiError as error:
+            if error.not_found:
+                return
+            # Also what is refused: an operator can mend that, and nothing else may happen to the sandbox before.
+            log.warning("the cluster did not take it; trying again", sandbox=sandbox, error=str(error))
+            await asyncio.sleep(max(error.retry_after or 0, pause * (0.5 + random.random())))  # noqa: S311 - spreads load, no secret
+            pause = min(pause * 2, _RETRY_MAX_S)
+        else:
+            return
