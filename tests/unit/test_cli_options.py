@@ -20,11 +20,12 @@ pytestmark = pytest.mark.unit
 
 runner = CliRunner()
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
-SERVICES = {"serve storage", "serve dispatcher", "serve api", "serve worker"}
+SERVICES = {"serve storage", "serve dispatcher", "serve api", "serve worker", "serve monitor", "serve cleanup"}
 OFFLINE = SERVICES | {
     "up",
     "demo",
     "setup",
+    "cleanup-cluster",
     "openapi",
     "events consume",
     "broker definitions",
