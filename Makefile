@@ -28,6 +28,19 @@ demo: setup-run ## Set up, run a mixed batch and explain each outcome (BROKER=ra
 servers: setup-run ## Run a RabbitMQ cluster and a Redis in the foreground, and print the settings that name them
 	$(BIN)/python -m tests.servers
 
+.PHONY: cluster-up cluster-down cluster-status cluster-kubectl
+cluster-up: setup-dev ## Bring up a Kubernetes cluster of three nodes on this machine (CRUCIBLE_CLUSTER names it)
+	$(BIN)/python -m tests.cluster up
+
+cluster-down: setup-dev ## End it and leave nothing behind
+	$(BIN)/python -m tests.cluster down
+
+cluster-status: setup-dev ## Say how its nodes are
+	$(BIN)/python -m tests.cluster status
+
+cluster-kubectl: setup-dev ## Run kubectl against it: make cluster-kubectl ARGS='get pods -A'
+	$(BIN)/python -m tests.cluster kubectl $(ARGS)
+
 .PHONY: test
 test: lint test-unit test-integration ## Set up and run every tier that exists, cheapest first
 
@@ -39,6 +52,10 @@ test-unit: setup-dev ## Pure and in-process tests: no network, no server, under 
 .PHONY: test-integration
 test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
 	$(PYTEST) tests/integration --junitxml=reports/integration.xml
+
+.PHONY: test-cluster
+test-cluster: setup-dev ## Tests on a real Kubernetes cluster of three nodes, brought up for them; takes root
+	$(PYTEST) tests/kubernetes --junitxml=reports/cluster.xml
 
 .PHONY: bench
 bench: setup-dev ## Measure latency and throughput against bare sandboxes on this machine
