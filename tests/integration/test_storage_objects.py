@@ -401,3 +401,25 @@ async def test_usage_tells_where_the_bytes_are(bench: Bench) -> None:
 
 async def test_other_users_of_the_machine_cannot_read_the_folder(bench: Bench) -> None:
     assert stat.S_IMODE((bench.data_dir / "objects").stat().st_mode) == 0o700
+
+
+# -- none at all
+
+
+async def test_without_a_store_large_outputs_stay_in_the_database_whole() -> None:
+    async with running_storage(limits=_ALL_OBJECTS, objects_url="database") as bench:
+        text = random.Random(2).randbytes(9 * 1024 * 1024)
+        record = await bench.submit()
+        await bench.claim_one()
+        for number in range(9):
+            piece = text[number * 1024 * 1024 : (number + 1) * 1024 * 1024]
+            await bench.client.append_output(record.id, [Frame(Kind.STDOUT, 0, piece)], attempt=1, frame=number)
+        final = await bench.finish(record.id)
+        assert final.stdout == c.OutputInfo(size=len(text), sha256=hashlib.sha256(text).hexdigest())
+        assert (await bench.client.output(record.id, "stdout"))[0] == text
+        middle = (await bench.client.output(record.id, "stdout", start=4_000_000, length=700_000))[0]
+        assert middle == text[4_000_000:4_700_000]
+        usage = await bench.client.usage()
+        assert usage.primary == "database"
+        assert usage.inline_output_bytes == len(text)
+        assert usage.backends == []

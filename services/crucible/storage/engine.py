@@ -44,6 +44,10 @@ _SERVER_SETTINGS = {
     "idle_in_transaction_session_timeout": "60000",
     # Compiling pays only for statements that run for seconds.
     "jit": "off",
+    # A session whose machine has gone without a word would keep its locks, and with them the relay, for two hours.
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
 }
 _CLIENT_TIMEOUT_S = 75.0
 

@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 # Name of the folder under the data folder. A name and not a path, so that the data folder may be moved.
 LOCAL = "local"
+# No store at all: what is large stays in the database too. For several replicas that share no folder.
+DATABASE = "database"
 # How long a copy may be under way before the sweep takes it for abandoned.
 _ABANDONED = "1 hour"
 _SWEEP_BATCH = 100
@@ -155,7 +157,7 @@ class ObjectStore:
     async def open(self) -> None:
         """Open every backend that is configured or in use, and log once which is primary, why, and what else is read."""
         named = self._settings.objects_url
-        self._primary = self._add(named or LOCAL)
+        self._primary = None if named == DATABASE else self._add(named or LOCAL)
         for url in self._settings.objects_fallback_urls:
             self._add(url)
         # A migration may have led to where no setting points: what the ledger names is read as well.
@@ -163,10 +165,10 @@ class ObjectStore:
             self._backend(row["backend"])
         log.info(
             "object store",
-            primary=self._primary.name,
+            primary=self.primary_name,
             why="objects_url names it" if named else "objects_url is unset: a folder under the data folder",
-            folder=str(self._primary.folder) if self._primary.folder else None,
-            fallbacks=[name for name in self._backends if name != self._primary.name],
+            folder=str(self._primary.folder) if self._primary and self._primary.folder else None,
+            fallbacks=[name for name in self._backends if name != self.primary_name],
             fallbacks_are="read where the ledger says so, or where an object is not where it should be; written by migrations only",
         )
 
@@ -184,10 +186,20 @@ class ObjectStore:
         return self._backends.get(name)
 
     @property
+    def in_use(self) -> bool:
+        """Whether large outputs go to a backend; without one they stay in the database."""
+        return self._primary is not None
+
+    @property
+    def primary_name(self) -> str:
+        """Where large outputs go, as people are told."""
+        return DATABASE if self._primary is None else self._primary.name
+
+    @property
     def primary(self) -> Backend:
         """Where new objects go."""
         if self._primary is None:
-            raise RuntimeError("the object store has not been opened")
+            raise RuntimeError("the object store has not been opened, or is not used here")
         return self._primary
 
     # -- writing

@@ -227,7 +227,9 @@ class Outputs:
         return row["output_frames"], State(row["state"])
 
     async def _flush(self, row: Row, *, everything: bool = False) -> None:
-        """Move what lies in the database to the object store, a segment at a time."""
+        """Move what lies in the database to the object store, a segment at a time; it stays where there is no such store."""
+        if not self._store.in_use:
+            return
         while True:
             chunks = await self._next_segment(row, everything=everything)
             if not chunks:

@@ -212,7 +212,7 @@ class Upkeep:
             inline = await connection.fetchval("SELECT coalesce(sum(inline_bytes), 0)::bigint FROM evaluations")
             owners = await connection.fetch(_OWNERS)
         return StorageUsage(
-            primary=self._objects.primary.name,
+            primary=self._objects.primary_name,
             database_bytes=database_bytes,
             inline_output_bytes=inline,
             backends=await self._objects.usage(),
