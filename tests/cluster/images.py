@@ -57,6 +57,6 @@ def references_by_digest(file: Path) -> dict[str, str]:
     for manifest in manifests:
         annotations = manifest.get("annotations", {})
         tag = annotations.get("io.containerd.image.name") or annotations.get("org.opencontainers.image.ref.name")
-        if tag:
+        if tag and "@" not in tag:
             found[tag] = f"{tag.rpartition(':')[0]}@{manifest['digest']}"
     return found
