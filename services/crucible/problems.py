@@ -82,6 +82,20 @@ KINDS = {
             "never-fits", 422, "No node could ever take this", "Ask for at most what `accepted` says.", retryable=False
         ),
         ProblemKind("no-capacity", 409, "There is no room now", "Wait and ask again.", retryable=True),
+        # Not 503: it is the cluster that is away, and the dispatcher is there, so its callers' circuit breakers must not open.
+        ProblemKind(
+            "cluster-unavailable",
+            424,
+            "The Kubernetes cluster does not do its part now",
+            "Wait and ask again; the attempt is kept.",
+            retryable=True,
+        ),
+        ProblemKind(
+            "sandbox-refused",
+            422,
+            "The cluster refuses this sandbox for good",
+            "`detail` has the cluster's words, `reason` what the attempt ends with.",
+        ),
         ProblemKind(
             "quota-exceeded",
             429,

@@ -24,7 +24,7 @@ def test_a_kind_is_complete_and_its_status_is_an_errors() -> None:
         assert kind.title
         assert kind.advice.endswith(".")
         # Only what may pass by itself is called retryable.
-        assert not kind.retryable or kind.status in {409, 429, 503}
+        assert not kind.retryable or kind.status in {409, 424, 429, 503}
 
 
 def test_a_body_has_what_rfc_9457_asks_for_and_points_to_its_explanation() -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from fastapi import Depends, FastAPI, Path, Query
 
 from crucible import contracts as c
-from crucible.evaluation import EvaluationId, Reason
+from crucible.evaluation import EvaluationId, Reason, Resources
 from crucible.service import make_app, require_internal
 
 if TYPE_CHECKING:
-    from crucible.dispatcher.dispatcher import Dispatcher
     from crucible.health import Health
 
 _MAX_WAIT_SECONDS = 60.0
@@ -19,7 +18,29 @@ _MAX_WAIT_SECONDS = 60.0
 PathId = Annotated[EvaluationId, Path()]
 
 
-def make_dispatcher_app(dispatcher: Dispatcher, token: str, health: Health) -> FastAPI:
+class MakesSandboxes(Protocol):
+    """What serves these calls: the dispatcher of one node, or the one of a cluster."""
+
+    def problem(self) -> str | None:
+        """Return why sandboxes cannot be made now, or None."""
+
+    async def create(self, evaluation_id: str, request: c.SandboxRequest) -> c.SandboxStatus:
+        """Make the sandbox of an attempt, or find the one that was made."""
+
+    async def wait(self, evaluation_id: str, *, attempt: int, wait_seconds: float) -> c.SandboxStatus:
+        """Return the sandbox once it has finished, or as it is after `wait_seconds`."""
+
+    async def stop(self, evaluation_id: str, reason: Reason) -> c.SandboxStatus:
+        """End the sandbox."""
+
+    def capacity(self) -> c.CapacityReport:
+        """Return what is free."""
+
+    def check(self, wanted: Resources) -> c.CapacityAnswer:
+        """Say whether something would fit."""
+
+
+def make_dispatcher_app(dispatcher: MakesSandboxes, token: str, health: Health) -> FastAPI:
     """Return the service. Starting and closing the dispatcher is the caller's.
 
     Args:
