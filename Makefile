@@ -41,6 +41,13 @@ cluster-status: setup-dev ## Say how its nodes are
 cluster-kubectl: setup-dev ## Run kubectl against it: make cluster-kubectl ARGS='get pods -A'
 	$(BIN)/python -m tests.cluster kubectl $(ARGS)
 
+.PHONY: deploy deploy-down
+deploy: setup-dev ## Put the platform on the cluster that is up, or that KUBECONFIG names; done again it brings it up to date (ARGS=--help)
+	scripts/deploy up $(ARGS)
+
+deploy-down: setup-dev ## Take it away; what it has stored stays (ARGS=--data: that too)
+	scripts/deploy down $(ARGS)
+
 .PHONY: test
 test: lint test-unit test-integration ## Set up and run every tier that exists, cheapest first
 
@@ -73,7 +80,7 @@ setup-run:
 setup-dev:
 	@scripts/setup dev
 
-LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-workflows lint-compose lint-repository lint-docs lock-check
+LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-workflows lint-compose lint-manifests lint-repository lint-docs lock-check
 .PHONY: lint $(LINTERS)
 lint: $(LINTERS) ## Every static check
 
@@ -102,6 +109,9 @@ lint-workflows: setup-dev
 
 lint-compose: setup-dev
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+
+lint-manifests: setup-dev
+	$(BIN)/python scripts/lint_manifests.py
 
 lint-repository: setup-dev
 	$(BIN)/python scripts/check_repository.py

@@ -1,0 +1,11 @@
+"""The platform of this checkout on a cluster: what `make deploy` does, for people and for the tests that need all of it.
+
+The same steps for a test cluster, for kind and for any cluster that KUBECONFIG names; only how images get there differs. Nothing is
+remembered on this machine: what was made before is found in the cluster, so every step may be done again.
+"""
+
+from tests.deployment.deploy import Deployed, deploy, remove
+from tests.deployment.errors import DeployError
+from tests.deployment.target import Target, find_target
+
+__all__ = ["DeployError", "Deployed", "Target", "deploy", "find_target", "remove"]
