@@ -6,24 +6,24 @@ import json
 import os
 import subprocess
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tests.cluster import Cluster, ClusterError
+from tests.cluster import ClusterError, UnsupportedHereError, open_cluster
+from tests.cluster.external import ExternalCluster
 from tests.deployment.errors import DeployError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from tests.cluster import Cluster
     from tests.deployment.images import Image
 
 API_NODE_PORT = 30080
-_KIND = "kind-"
 
 
 def run(command: Sequence[str], *, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> str:
@@ -45,11 +45,10 @@ def run(command: Sequence[str], *, stdin: str | None = None, environment: Mappin
 
 @dataclass(frozen=True)
 class Target:
-    """A cluster. `own` is set where it is a test cluster of this machine."""
+    """A cluster. `own` is set where it is one of this machine, made by `make cluster-up`."""
 
     kubectl: tuple[str, ...]
-    server: str
-    context: str
+    description: str
     own: Cluster | None = None
     registry: str | None = None
 
@@ -74,14 +73,9 @@ class Target:
             kubeconfig = Path(folder) / "kubeconfig"
             kubeconfig.touch(0o600)
             kubeconfig.write_text(self.call("config", "view", "--raw", "--minify", "--flatten"), encoding="utf-8")
-            programs = str(Path(self.kubectl[0]).parent) if self.own else ""
+            programs = str(Path(self.kubectl[0]).parent) if os.sep in self.kubectl[0] else ""
             path = os.pathsep.join(filter(None, (programs, os.environ.get("PATH", ""))))
             yield {"KUBECONFIG": str(kubeconfig), "PATH": path}
-
-    @cached_property
-    def description(self) -> str:
-        """What people are told."""
-        return f"test cluster {self.own.name}" if self.own else f"context {self.context} ({self.server})"
 
     def take(self, images: Sequence[Image]) -> None:
         """Give it images.
@@ -89,17 +83,14 @@ class Target:
         Raises:
             DeployError: there is no way to.
         """
-        missing = [image for image in images if not self._has(image)]
-        if self.own is not None:
-            for image in missing:
-                self.own.import_image(image.archive)
-        elif self.registry is not None:
+        if self.registry is not None:
             for image in images:
                 reference = f"{self.registry}/{image.name}:{image.digest.removeprefix('sha256:')[:12]}"
                 run(["skopeo", "copy", "--preserve-digests", f"oci-archive:{image.archive}", f"docker://{reference}"])
-        elif self.context.startswith(_KIND):
-            for image in missing:
-                run(["kind", "load", "image-archive", str(image.archive), "--name", self.context.removeprefix(_KIND)])
+        elif self.own is not None:
+            for image in images:
+                if not self._has(image):
+                    self.own.import_image(image.archive)
         else:
             raise DeployError(
                 f"{self.description} can only pull images: name a registry that it pulls from with --registry"
@@ -116,7 +107,8 @@ class Target:
     def api_url(self) -> str:
         """Where the API answers for this machine, once it is deployed."""
         if self.own is not None:
-            return self.own.node_port_url(API_NODE_PORT)
+            with suppress(UnsupportedHereError):
+                return self.own.node_port_url(API_NODE_PORT)
         addresses = [
             address["address"]
             for node in self.get("nodes")
@@ -144,18 +136,17 @@ def _of_kubeconfig(context: str | None, registry: str | None) -> Target:
         raise DeployError(
             f"context {name} is of {server}, which is not on this machine: say --context {name} if that is what you mean"
         )
-    return Target(("kubectl", *chosen), server, name, registry=registry)
+    return Target(("kubectl", *chosen), f"context {name} ({server})", registry=registry)
 
 
 def find_target(context: str | None = None, registry: str | None = None, *, cluster: Cluster | None = None) -> Target:
-    """Return the cluster that is meant: the one of `--context` or KUBECONFIG, else the test cluster that is up.
+    """Return the cluster that is meant: the one of `--context` or KUBECONFIG, else the one of this machine that is up.
 
     Raises:
         DeployError: there is none, it does not answer, or it is not on this machine and was not named.
     """
-    own = cluster or Cluster()
-    kubeconfig = os.environ.get("KUBECONFIG")
-    if cluster is None and (context or (kubeconfig and kubeconfig != str(own.kubeconfig))):
+    own = cluster or open_cluster()
+    if context or isinstance(own, ExternalCluster):
         target = _of_kubeconfig(context, registry)
     else:
         try:
@@ -164,7 +155,7 @@ def find_target(context: str | None = None, registry: str | None = None, *, clus
             raise DeployError(
                 "no cluster: `make cluster-up` brings one up on this machine, KUBECONFIG or --context name another"
             ) from None
-        target = Target(command, "", own.name, own=own)
+        target = Target(command, f"cluster {own.name}", own, registry)
     try:
         target.call("get", "--raw", "/readyz", "--request-timeout=10s")
     except DeployError as error:
