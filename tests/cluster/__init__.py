@@ -5,7 +5,8 @@ runc, gVisor, the kubelet, kube-proxy and Calico's enforcement, all built from t
 set of processes, its power can be cut and its cable pulled. `docs/test-cluster.md` says more.
 """
 
-from tests.cluster.cluster import Cluster, Node
+from tests.cluster.base import Cluster, Node
+from tests.cluster.choice import open_cluster
 from tests.cluster.errors import ClusterError, UnsupportedHereError
 
-__all__ = ["Cluster", "ClusterError", "Node", "UnsupportedHereError"]
+__all__ = ["Cluster", "ClusterError", "Node", "UnsupportedHereError", "open_cluster"]

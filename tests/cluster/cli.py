@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.cluster.cluster import Cluster, default_name
+from tests.cluster.base import Cluster, default_name
+from tests.cluster.choice import open_cluster
 from tests.cluster.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 NODE_COMMANDS: dict[str, tuple[str, Callable[[Cluster, str], None]]] = {
     "power-cut": ("end everything on a node at once; its disk stays", Cluster.power_cut),
     "revive": ("switch a node on again", Cluster.revive),
-    "cut": ("pull a node's network cable", lambda cluster, name: cluster.set_link(name, connected=False)),
-    "heal": ("plug it in again", lambda cluster, name: cluster.set_link(name, connected=True)),
+    "cut": ("pull a node's network cable", Cluster.cut),
+    "heal": ("plug it in again", Cluster.heal),
 }
 ZONE_COMMANDS: dict[str, tuple[str, Callable[[Cluster, str], None]]] = {
     "cut-zone": ("cut a zone off from all others", Cluster.cut_zone),
@@ -62,7 +63,7 @@ def _up(cluster: Cluster) -> None:
 
 
 def _run(wanted: argparse.Namespace, rest: list[str]) -> None:
-    cluster = Cluster()
+    cluster = open_cluster()
     match wanted.command:
         case "up":
             _up(cluster)
@@ -75,7 +76,7 @@ def _run(wanted: argparse.Namespace, rest: list[str]) -> None:
         case "calicoctl":
             print(cluster.calicoctl(*rest, input=None if sys.stdin.isatty() else sys.stdin.read()), end="")
         case "run":
-            _become(cluster.node_machine(wanted.name).enter(*rest))
+            _become(cluster.node_command(wanted.name, *rest))
         case "import":
             for file in wanted.files:
                 cluster.import_image(file)

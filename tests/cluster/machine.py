@@ -56,15 +56,28 @@ def why_unusable() -> str | None:
     return None
 
 
+def calico_manifest() -> Path:
+    """Return Calico's manifest for a cluster that is to run it as Pods.
+
+    Raises:
+        ClusterError: its module cannot be had here.
+    """
+    return _run_tools_script("calico-manifest")
+
+
 def build_tools() -> Tools:
     """Return the cluster's programs, built where this machine has none yet; what it says goes to standard error.
 
     Raises:
         ClusterError: they cannot be built here.
     """
+    return Tools(_run_tools_script())
+
+
+def _run_tools_script(*arguments: str) -> Path:
     try:
         done = subprocess.run(
-            [TOOLS_SCRIPT],
+            [TOOLS_SCRIPT, *arguments],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
@@ -75,7 +88,7 @@ def build_tools() -> Tools:
         raise ClusterError(f"{TOOLS_SCRIPT.name}: {error}") from None
     if done.returncode != 0:
         raise ClusterError("scripts/cluster-tools failed; it says above what it lacks")
-    return Tools(Path(done.stdout.strip()))
+    return Path(done.stdout.strip())
 
 
 def raise_inotify_limit() -> None:

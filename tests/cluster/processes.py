@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.cluster.errors import ClusterError
+from tests.support.waits import WaitTimeoutError, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,10 +94,9 @@ def wait_for(condition: Callable[[], object], *, seconds: float, what: str) -> N
     """Wait until a condition holds.
 
     Raises:
-        ClusterError: it did not within `seconds`; the text names `what` and, if the condition says so, what was missing.
+        ClusterError: it did not within `seconds`.
     """
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise ClusterError(f"waited {seconds:.0f} s for {what}")
-        time.sleep(POLL_SECONDS)  # noqa: TID251 - a tool, not a test
+    try:
+        wait_until(condition, timeout=seconds, describe=what, poll=POLL_SECONDS)
+    except WaitTimeoutError as error:
+        raise ClusterError(str(error)) from None

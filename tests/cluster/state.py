@@ -72,6 +72,11 @@ class Home:
         self._lock_file = self.path.with_name(f"{name}.lock")
         self._state_file = self.path / "state.json"
 
+    @staticmethod
+    def owns(kubeconfig: str) -> bool:
+        """Whether this is the kubeconfig of a cluster that this tool made, as `up` says to export it."""
+        return Path(kubeconfig).absolute().is_relative_to(cache_folder() / "clusters")
+
     @property
     def pki(self) -> Path:
         """Where the certificates are."""

@@ -133,6 +133,12 @@ def _probe_cgroups() -> str | None:
     return None if without_v1 is None else f"v2: {without_v2}; v1: {without_v1}"
 
 
+def _probe_cluster() -> str | None:
+    from tests.cluster.choice import why_no_cluster
+
+    return why_no_cluster()
+
+
 _HOW_TO_HAVE_SERVERS = (
     "run `scripts/server-root`, which fetches Debian's packages and says what it lacks: on Debian nothing, on Ubuntu the address "
     "of a Debian mirror in CRUCIBLE_DEBIAN_MIRROR"
@@ -162,6 +168,12 @@ _CAPABILITIES = {
             "network namespaces",
             _probe_network_namespaces,
             "run the tests as root, best in a throw-away machine, with iproute2 installed",
+            required_in_ci=True,
+        ),
+        Capability(
+            "cluster",
+            _probe_cluster,
+            "run `sudo make test-cluster` on Linux, best in a throw-away machine; or install Docker and kind; or name a cluster in KUBECONFIG",
             required_in_ci=True,
         ),
         Capability(

@@ -54,8 +54,8 @@ class RunReport:
         """Give each test the marker of the tier whose folder it is in."""
         for item in items:
             tier = item.path.relative_to(TESTS).parts[0] if item.path.is_relative_to(TESTS) else ""
-            if tier in ("unit", "integration"):
-                item.add_marker(tier)
+            if marker := {"unit": "unit", "integration": "integration", "kubernetes": "cluster"}.get(tier):
+                item.add_marker(marker)
 
     def pytest_collection_finish(self) -> None:
         """Take what is loaded by now out of the garbage collector's rounds, which otherwise cost the unit tier a tenth of its time."""

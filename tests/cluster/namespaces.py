@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from tests.cluster import machine
+from tests.cluster.base import ZONES, Cluster, Node, say_nothing
 from tests.cluster.cgroups import Cgroup
 from tests.cluster.errors import ClusterError
 from tests.cluster.images import COREDNS, PAUSE, PROBE, make_image, references_by_digest
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 CONTROL_PLANE = "cp"
-ZONES = ("zone-a", "zone-b")
 API_SECONDS = 60
 NODE_SECONDS = 60
 MANIFESTS = FILES / "manifests"
@@ -35,54 +34,18 @@ _CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 _ROLES = {"calico-node", "calico-cni-plugin"}
 
 
-def default_name() -> str:
-    """Return the name of the cluster that is meant when none is given."""
-    return os.environ.get("CRUCIBLE_CLUSTER", "crucible")
-
-
-class Node:
-    """A node of a cluster that is up."""
-
-    def __init__(self, cluster: Cluster, name: str) -> None:
-        self._cluster = cluster
-        self.name = name
-
-    def power_cut(self) -> None:
-        """End everything on it at once, as when a machine loses its power. Its disk stays."""
-        self._cluster.power_cut(self.name)
-
-    def revive(self) -> None:
-        """Switch it on again, with the disk that it had; returns when its kubelet is being started."""
-        self._cluster.revive(self.name)
-
-    def cut(self) -> None:
-        """Pull its network cable."""
-        self._cluster.set_link(self.name, connected=False)
-
-    def heal(self) -> None:
-        """Plug its network cable in again."""
-        self._cluster.set_link(self.name, connected=True)
-
-    def run(self, *command: str, input: str | None = None, check: bool = True) -> str:  # noqa: A002 - as subprocess calls it
-        """Run a command on it as root and return what it wrote to standard output."""
-        return run(self._cluster.node_machine(self.name).enter(*command), input=input, check=check)
-
-    def popen(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a command on it as root."""
-        words = [str(word) for word in self._cluster.node_machine(self.name).enter(*command)]
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-class Cluster:
+class NamespaceCluster(Cluster):
     """A cluster by its name. The same cluster may be used from several processes; changes to it take turns."""
 
+    kind = "a cluster of namespaces"
+
     def __init__(self, name: str | None = None) -> None:
-        self.name = name or default_name()
+        super().__init__(name)
         self._home = Home(self.name)
 
     # ------------------------------------------------------------------ up and down
 
-    def up(self, say: Callable[[str], None] = lambda _: None) -> bool:
+    def up(self, say: Callable[[str], None] = say_nothing) -> bool:
         """Bring the cluster up with a control plane and a worker in each zone; False if it is up already.
 
         Raises:
@@ -221,14 +184,10 @@ class Cluster:
         self._node(self._state(), name)
         return Node(self, name)
 
-    def nodes(self) -> list[NodeState]:
-        """Return the nodes as they are now."""
-        return list(self._state().nodes.values())
-
-    def node_machine(self, name: str) -> NodeMachine:
-        """Return the machine that a node is."""
+    def node_command(self, name: str, *command: str) -> list[str | Path]:
+        """Return the command line that runs a command on a node as root."""
         state = self._state()
-        return self._machine(state, self._node(state, name))
+        return self._machine(state, self._node(state, name)).enter(*command)
 
     def _start_new_node(self, state: State, node: NodeState) -> None:
         self._machine(state, node).make()
@@ -276,8 +235,15 @@ class Cluster:
             self._power_on(state, node)
             self._machine(state, node).wait_until_booted()
 
-    def set_link(self, name: str, *, connected: bool) -> None:
-        """Cut a node's link, or heal it."""
+    def cut(self, name: str) -> None:
+        """Pull a node's network cable."""
+        self._set_link(name, connected=False)
+
+    def heal(self, name: str) -> None:
+        """Plug a node's network cable in again."""
+        self._set_link(name, connected=True)
+
+    def _set_link(self, name: str, *, connected: bool) -> None:
         state = self._state()
         self._fabric(state).set_node(self._node(state, name).name, connected=connected)
 
@@ -296,20 +262,15 @@ class Cluster:
         """The administrator's kubeconfig: an ordinary one, for this machine."""
         return self._home.kubeconfig
 
-    def kubectl(self, *arguments: str, input: str | None = None, check: bool = True) -> str:  # noqa: A002 - as subprocess calls it
-        """Run kubectl and return what it wrote to standard output."""
-        return run(self.kubectl_command(*arguments), input=input, check=check)
+    @property
+    def kubectl_program(self) -> Path:
+        """The kubectl of the cluster's version."""
+        return self._tools(self._state()).bin / "kubectl"
 
-    def kubectl_command(self, *arguments: str) -> list[str | Path]:
-        """Return the command line that runs kubectl against this cluster."""
-        return [self._tools(self._state()).bin / "kubectl", f"--kubeconfig={self.kubeconfig}", *arguments]
-
-    def calicoctl(self, *arguments: str, input: str | None = None) -> str:  # noqa: A002 - as subprocess calls it
-        """Run calicoctl, which checks what it applies, and return what it wrote to standard output."""
-        program = self._tools(self._state()).bin / "calicoctl"
-        return run(
-            ["env", "DATASTORE_TYPE=kubernetes", f"KUBECONFIG={self.kubeconfig}", program, *arguments], input=input
-        )
+    @property
+    def calicoctl_program(self) -> Path:
+        """The calicoctl of the cluster's version."""
+        return self._tools(self._state()).bin / "calicoctl"
 
     def pause_api_server(self) -> None:
         """Stop the API server in its tracks: connections stay open and nothing answers."""
@@ -384,12 +345,11 @@ class Cluster:
             state = self._home.load()
         if state is None or not state.complete:
             return f"cluster {self.name} is not up\n"
-        lines = [f"cluster {self.name}: export KUBECONFIG={self.kubeconfig}"]
+        lines = []
         for node in state.nodes.values():
             power = "on" if node.init and node.init.alive else "off"
-            lines.append(f"  {node.name:12} {node.zone:8} power {power:4} logs {self._home.node(node.name) / 'log'}")
-        shown = self.kubectl("get", "nodes", "--request-timeout=5s", check=False)
-        return "\n".join([*lines, shown])
+            lines.append(f"  {node.name:12} power {power:4} logs {self._home.node(node.name) / 'log'}\n")
+        return super().status() + "".join(lines)
 
     def _state(self) -> State:
         state = self._home.load()
