@@ -7,12 +7,11 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import psutil
 
+from tests.support.preloaded import PreloadedProcess, start_crucible
 from tests.support.waits import wait_until_async
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class PlatformProcess:
             "CRUCIBLE_LOG__LEVEL": "warning",
             **environment,
         }
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: PreloadedProcess | None = None
         self.url = ""
         self.api_key = ""
 
@@ -54,9 +53,8 @@ class PlatformProcess:
         server_file = self.data_dir / "server.json"
         server_file.unlink(missing_ok=True)
         with self._log.open("ab") as log:
-            command = [sys.executable, "-m", "crucible.cli.main", "up", "--data-dir", str(self.data_dir)]
-            self._process = subprocess.Popen(
-                command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            self._process = start_crucible(
+                "up", "--data-dir", str(self.data_dir), environment=self._environment, stdout=log, stderr=log
             )
 
         def ready() -> bool:

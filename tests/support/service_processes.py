@@ -13,8 +13,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import subprocess
-import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Self
 
@@ -25,6 +23,7 @@ from crucible.auth import make_key
 from crucible.clients import StorageClient, http_client
 from tests.support.platform import Client, connect
 from tests.support.ports import free_port
+from tests.support.preloaded import PreloadedProcess, start_crucible
 from tests.support.waits import wait_until
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class ServiceProcess:
         self._kind = kind
         self._log = folder / f"{name}.log"
         self._environment = {**os.environ, **environment}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: PreloadedProcess | None = None
 
     @property
     def pid(self) -> int:
@@ -68,12 +67,8 @@ class ServiceProcess:
         if self.alive():
             return
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "crucible.cli.main", "serve", self._kind, "--port", str(self.port), "--json"],
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
+            self._process = start_crucible(
+                "serve", self._kind, "--port", str(self.port), "--json", environment=self._environment, stderr=log
             )
 
     def ready(self) -> bool:

@@ -37,6 +37,8 @@ _CONNECT_SECONDS = 2.0
 _READ_SECONDS = 10.0
 _WINDOW_GRACE_SECONDS = 3.0
 _PAGE = 500
+_JSON = "application/json"
+_METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 # Kubernetes' own place for a Pod's identity; tokens are rotated there, so the file is read again this often.
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -180,7 +182,7 @@ def in_cluster(environ: Mapping[str, str] = os.environ, folder: Path = _SERVICE_
             "this does not run in a Pod with a service account token; name a kubeconfig in CRUCIBLE_KUBERNETES__KUBECONFIG"
         )
     address = f"[{host}]" if ":" in host else host
-    return Endpoint(f"https://{address}:{port}", ssl.create_default_context(cafile=str(authority)), token_file=token)
+    return Endpoint(f"https://{address}:{port}", _trust(authority), token_file=token)
 
 
 def from_kubeconfig(path: Path) -> Endpoint:
@@ -215,6 +217,13 @@ def _path(entry: Object, key: str, folder: Path) -> Path | None:
     return folder / entry[key] if entry.get(key) else None
 
 
+def _trust(authority: Path | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(authority) if authority else None)
+    # From Python 3.13 on the default is stricter than the certificates of many clusters, which lack a key identifier (RFC 5280, 4.2.1.1).
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
 def _tls(cluster: Object, user: Object, folder: Path) -> ssl.SSLContext | bool:
     if "exec" in user or "auth-provider" in user:
         raise ValueError(
@@ -222,7 +231,7 @@ def _tls(cluster: Object, user: Object, folder: Path) -> ssl.SSLContext | bool:
         )
     if not str(cluster["server"]).startswith("https:"):
         return False
-    context = ssl.create_default_context()
+    context = _trust()
     if data := cluster.get("certificate-authority-data"):
         context.load_verify_locations(cadata=base64.b64decode(data).decode())
     elif file := _path(cluster, "certificate-authority", folder):
@@ -283,7 +292,7 @@ class KubernetesApi:
             base_url=endpoint.server,
             transport=transport,
             auth=_Token(endpoint),
-            headers={"User-Agent": user_agent, "Accept": "application/json"},
+            headers={"User-Agent": user_agent, "Accept": _JSON},
             timeout=httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
         )
 
@@ -325,6 +334,7 @@ class KubernetesApi:
         """Read all objects that the selectors choose (or only their metadata), and the resource version from which a watch goes on."""
         accept = _METADATA_ONLY if metadata_only else None
         params = _given(labelSelector=labels, fieldSelector=fields, limit=_PAGE)
+        accept = _METADATA_ONLY if metadata_only else _JSON
         items: Objects = []
         while True:
             page = await self._call("list", resource, "GET", resource.path(namespace), params=params, accept=accept)
