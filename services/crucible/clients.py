@@ -286,10 +286,14 @@ class DispatcherClient:
         )
         return c.SandboxStatus.model_validate_json(response.content)
 
-    async def stop(self, evaluation_id: str, reason: Reason) -> c.SandboxStatus | None:
-        """End the sandbox and return once no process of it is left; None if there was none."""
+    async def stop(self, evaluation_id: str, reason: Reason, *, attempt: int | None = None) -> c.SandboxStatus | None:
+        """End the sandbox and return once no process of it is left; None if there was none.
+
+        With an `attempt` no later one is touched.
+        """
+        params = _given(reason=reason, attempt=attempt)
         response = await self._caller.call(
-            "DELETE", f"/internal/sandboxes/{evaluation_id}", params={"reason": reason}, ok=(200, 404)
+            "DELETE", f"/internal/sandboxes/{evaluation_id}", params=params, ok=(200, 404)
         )
         return c.SandboxStatus.model_validate_json(response.content) if response.status_code == 200 else None
 

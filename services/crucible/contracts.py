@@ -520,6 +520,9 @@ class SandboxStatus(Frozen):
     runtime: str
     phase: SandboxPhase
     outcome: Outcome | None = None
+    durable: bool = Field(
+        False, description="It goes on without the dispatcher that made it, and another one answers for it"
+    )
 
 
 class Fit(StrEnum):

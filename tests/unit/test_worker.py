@@ -73,30 +73,41 @@ class ScriptedStorage:
 class ScriptedDispatcher:
     """Stand-in for the dispatcher: refuses with the given errors first, then holds a sandbox until it is told to end it."""
 
-    def __init__(self, *refusals: CallFailedError, ends_by_itself: bool = False) -> None:
+    def __init__(self, *refusals: CallFailedError, ends_by_itself: bool = False, durable: bool = False) -> None:
         self.refusals = list(refusals)
+        self.silences: list[CallFailedError] = []
+        self.durable = durable
         self.created: list[str] = []
         self.stopped: list[Reason] = []
         self.end = asyncio.Event()
         if ends_by_itself:
             self.end.set()
 
-    async def create(self, evaluation_id: str, request: c.SandboxRequest) -> None:
+    async def create(self, evaluation_id: str, request: c.SandboxRequest) -> c.SandboxStatus:
         if self.refusals:
             raise self.refusals.pop(0)
         self.created.append(evaluation_id)
+        return self.status(evaluation_id, request.attempt, c.SandboxPhase.STARTING)
 
     async def wait(self, evaluation_id: str, *, attempt: int, wait_seconds: float) -> c.SandboxStatus:
+        if self.silences:
+            raise self.silences.pop(0)
         await self.end.wait()
+        return self.status(evaluation_id, attempt, c.SandboxPhase.FINISHED)
+
+    def status(self, evaluation_id: str, attempt: int, phase: c.SandboxPhase) -> c.SandboxStatus:
+        ended = phase is c.SandboxPhase.FINISHED
         return c.SandboxStatus(
             evaluation_id=evaluation_id,
             attempt=attempt,
             runtime="scripted",
-            phase=c.SandboxPhase.FINISHED,
-            outcome=DONE,
+            phase=phase,
+            outcome=DONE if ended else None,
+            durable=self.durable,
         )
 
-    async def stop(self, evaluation_id: str, reason: Reason) -> None:
+    async def stop(self, evaluation_id: str, reason: Reason, *, attempt: int) -> None:
+        assert attempt == 1
         self.stopped.append(reason)
         self.end.set()
 
@@ -114,6 +125,54 @@ async def test_a_full_dispatcher_makes_the_slot_wait_in_place() -> None:
     assert dispatcher.created == [NAME]
     assert storage.released == []
     assert storage.finished == []
+
+
+async def test_a_cluster_that_is_away_makes_the_slot_wait_in_place() -> None:
+    away = refusal("cluster-unavailable", 424)
+    storage, dispatcher = ScriptedStorage(), ScriptedDispatcher(away, ends_by_itself=True)
+    await see_through(storage, dispatcher)
+    assert dispatcher.created == [NAME]
+    assert (storage.released, storage.finished) == ([], [])
+
+
+@pytest.mark.parametrize(("told", "reason"), [("image_error", Reason.IMAGE_ERROR), (None, Reason.SANDBOX_ERROR)])
+async def test_a_sandbox_that_is_refused_ends_the_attempt_with_the_clusters_words(
+    told: str | None, reason: Reason
+) -> None:
+    error = refusal("sandbox-refused", 422)
+    if told:
+        error.problem["reason"] = told
+    storage = ScriptedStorage()
+    await see_through(storage, ScriptedDispatcher(error))
+    [finish] = storage.finished
+    assert (finish.outcome.reason, finish.outcome.detail) == (reason, "because sandbox-refused")
+
+
+NO_ANSWER = CallFailedError("dispatcher", "no connection")
+
+
+@pytest.mark.parametrize(
+    "silence",
+    [
+        NO_ANSWER,
+        refusal("unavailable", 503),
+        refusal("cluster-unavailable", 424),
+        CallFailedError("d", "x", status=502),
+    ],
+)
+async def test_a_dispatcher_that_is_replaced_is_no_news_of_a_sandbox_that_outlives_it(silence: CallFailedError) -> None:
+    storage, dispatcher = ScriptedStorage(), ScriptedDispatcher(durable=True, ends_by_itself=True)
+    dispatcher.silences = [silence]
+    await see_through(storage, dispatcher)
+    assert dispatcher.silences == []
+    assert storage.finished == []
+
+
+async def test_without_a_dispatcher_a_sandbox_of_its_own_node_is_given_up() -> None:
+    dispatcher = ScriptedDispatcher(ends_by_itself=True)
+    dispatcher.silences = [NO_ANSWER]
+    with pytest.raises(CallFailedError):
+        await see_through(ScriptedStorage(), dispatcher)
 
 
 async def test_what_can_never_fit_ends_with_the_reason() -> None:

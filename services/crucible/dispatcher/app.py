@@ -30,8 +30,8 @@ class MakesSandboxes(Protocol):
     async def wait(self, evaluation_id: str, *, attempt: int, wait_seconds: float) -> c.SandboxStatus:
         """Return the sandbox once it has finished, or as it is after `wait_seconds`."""
 
-    async def stop(self, evaluation_id: str, reason: Reason) -> c.SandboxStatus:
-        """End the sandbox."""
+    async def stop(self, evaluation_id: str, reason: Reason, *, attempt: int | None = None) -> c.SandboxStatus:
+        """End the sandbox; with an `attempt` no later one is touched."""
 
     def capacity(self) -> c.CapacityReport:
         """Return what is free."""
@@ -67,8 +67,10 @@ def make_dispatcher_app(dispatcher: MakesSandboxes, token: str, health: Health) 
         return await dispatcher.wait(evaluation_id, attempt=attempt, wait_seconds=wait_seconds)
 
     @app.delete("/internal/sandboxes/{evaluation_id}", dependencies=guarded)
-    async def stop(evaluation_id: PathId, reason: Reason) -> c.SandboxStatus:
-        return await dispatcher.stop(evaluation_id, reason)
+    async def stop(
+        evaluation_id: PathId, reason: Reason, attempt: Annotated[int | None, Query(ge=0)] = None
+    ) -> c.SandboxStatus:
+        return await dispatcher.stop(evaluation_id, reason, attempt=attempt)
 
     @app.get("/internal/capacity", dependencies=guarded)
     async def capacity() -> c.CapacityReport:

@@ -223,8 +223,8 @@ class Dispatcher:
         await supervisor.wait_finished(wait_seconds)
         return supervisor.status()
 
-    async def stop(self, evaluation_id: str, reason: Reason) -> c.SandboxStatus:
-        """End the sandbox; returns once no process of it is left.
+    async def stop(self, evaluation_id: str, reason: Reason, *, attempt: int | None = None) -> c.SandboxStatus:
+        """End the sandbox; returns once no process of it is left. With an `attempt` no later one is touched.
 
         Raises:
             ProblemError: `not-found`, or `invalid-request` for a reason that no one can ask for.
@@ -234,7 +234,7 @@ class Dispatcher:
                 "invalid-request", f"a sandbox is not stopped for {reason}; {', '.join(sorted(STOP_REASONS))}"
             )
         supervisor = self._sandboxes.get(evaluation_id)
-        if supervisor is None:
+        if supervisor is None or (attempt is not None and supervisor.attempt > attempt):
             raise ProblemError("not-found", "there is no sandbox of this evaluation here")
         await supervisor.stop(reason)
         await supervisor.wait_finished(_RECORD_SECONDS)

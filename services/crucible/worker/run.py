@@ -2,15 +2,20 @@
 
 This one function is what every queue calls: the local claim loop and the Celery task alike. It creates nothing itself; it asks
 the dispatcher, waits in place while there is no room (asking the queue again would let lower priorities overtake), and returns when
-the attempt has ended, whoever ended it. The dispatcher records the result; the worker records only what never became a sandbox.
+the attempt has ended, whoever ended it. The result is recorded by whoever sees the sandbox; the worker records only what never became one.
+
+A sandbox in a cluster outlives the dispatcher that made it. There a dispatcher or cluster that does not answer is no news of the attempt, which
+stays the worker's for as long as the lease is.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from crucible import contracts as c
 from crucible import logs
@@ -19,15 +24,21 @@ from crucible.outcome import Outcome
 from crucible.resilience import CallFailedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from crucible.clients import DispatcherClient, StorageClient
 
 log = logs.get_logger("worker")
+T = TypeVar("T")
 
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_MAX_S = 2.0
 _WAIT_SECONDS = 30.0
+# Once the attempt is not the worker's any more, how long it tries to see a durable sandbox off; someone else settles the rest.
+_LEAVE_SECONDS = 30.0
+# No answer, or none from the service itself.
+_PASSING_STATUSES = frozenset({None, 502, 503, 504})
+_WAITING_SLUGS = frozenset({"no-capacity", "cluster-unavailable"})
 
 
 class Held:
@@ -57,11 +68,12 @@ class EvaluationRunner:
         Raises:
             CallFailedError: storage or dispatcher stayed unreachable; the lease ends and the evaluation is queued again.
         """
-        if await self._create(held):
-            await self._await_end(held)
+        sandbox = await self._create(held)
+        if sandbox:
+            await self._await_end(held, durable=sandbox.durable)
 
-    async def _create(self, held: Held) -> bool:
-        """Have the sandbox made, waiting for room for as long as it takes. False if the attempt ended without one."""
+    async def _create(self, held: Held) -> c.SandboxStatus | None:
+        """Have the sandbox made, waiting for room for as long as it takes. None if the attempt ended without one."""
         claim = held.claim
         request = c.SandboxRequest(
             attempt=claim.attempt,
@@ -73,26 +85,28 @@ class EvaluationRunner:
         pause = _BACKOFF_FIRST_S
         while not held.let_go.done():
             try:
-                await self._dispatcher.create(claim.evaluation_id, request)
+                return await self._dispatcher.create(claim.evaluation_id, request)
             except CallFailedError as error:
-                match error.slug:
-                    case "no-capacity":
-                        with contextlib.suppress(TimeoutError):
-                            # Full jitter, so that waiting slots do not ask in step.
-                            async with asyncio.timeout(pause * (0.5 + random.random())):  # noqa: S311 - spreads load, no secret
-                                await asyncio.shield(held.let_go)
-                        pause = min(pause * 2, _BACKOFF_MAX_S)
-                    case "never-fits":
-                        await self._finish(held, Reason.SCHEDULING, str(error.problem.get("detail", error)))
-                        return False
-                    case "stale-attempt":
-                        return False
-                    case _:
-                        raise
-            else:
-                return True
+                if error.slug not in _WAITING_SLUGS:
+                    await self._take_refusal(held, error)
+                    return None
+            await _pause(held, pause)
+            pause = min(pause * 2, _BACKOFF_MAX_S)
         await self._end_without_sandbox(held)
-        return False
+        return None
+
+    async def _take_refusal(self, held: Held, error: CallFailedError) -> None:
+        """Record that there will be no sandbox, if that is what the dispatcher said."""
+        detail = str(error.problem.get("detail", error))
+        match error.slug:
+            case "never-fits":
+                await self._finish(held, Reason.SCHEDULING, detail)
+            case "sandbox-refused":
+                await self._finish(held, Reason(error.problem.get("reason", Reason.SANDBOX_ERROR)), detail)
+            case "stale-attempt":
+                return
+            case _:
+                raise error
 
     async def _end_without_sandbox(self, held: Held) -> None:
         match held.let_go.result():
@@ -104,33 +118,67 @@ class EvaluationRunner:
             case reason:
                 await self._finish(held, reason, "cancelled on request while it waited for room")
 
-    async def _await_end(self, held: Held) -> None:
+    async def _await_end(self, held: Held, *, durable: bool) -> None:
         claim = held.claim
-        waiting = asyncio.ensure_future(self._wait(claim))
+        waiting = asyncio.ensure_future(self._wait(held, durable=durable))
         try:
             either: list[asyncio.Future[Any]] = [waiting, held.let_go]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
-                await self._dispatcher.stop(claim.evaluation_id, held.let_go.result())
+                reason = held.let_go.result()
+                stop = partial(self._dispatcher.stop, claim.evaluation_id, reason, attempt=claim.attempt)
+                await self._patiently(held, stop, durable=durable)
             await waiting
         except CallFailedError as error:
             if error.status != 404:
                 raise
-            # The dispatcher was replaced while the sandbox ran: whatever it was, its result will never come.
+            # The dispatcher was replaced while the sandbox ran, or the sandbox was removed: its result will never come.
             await self._finish(held, Reason.NODE_LOST, "the dispatcher no longer knows the sandbox")
         finally:
             waiting.cancel()
 
-    async def _wait(self, claim: c.Claim) -> None:
+    async def _wait(self, held: Held, *, durable: bool) -> None:
+        claim = held.claim
+        ask = partial(self._dispatcher.wait, claim.evaluation_id, attempt=claim.attempt, wait_seconds=_WAIT_SECONDS)
         phase = c.SandboxPhase.STARTING
         while phase is not c.SandboxPhase.FINISHED:
-            status = await self._dispatcher.wait(claim.evaluation_id, attempt=claim.attempt, wait_seconds=_WAIT_SECONDS)
-            phase = status.phase
+            phase = (await self._patiently(held, ask, durable=durable)).phase
+
+    async def _patiently(self, held: Held, call: Callable[[], Awaitable[T]], *, durable: bool) -> T:
+        """Make a call about a sandbox; about a durable one until it is answered, or the attempt has not been ours for a while."""
+        pause, leave = _BACKOFF_FIRST_S, math.inf
+        while True:
+            try:
+                return await call()
+            except CallFailedError as error:
+                passes = error.status in _PASSING_STATUSES or error.slug in _WAITING_SLUGS
+                now = asyncio.get_running_loop().time()
+                if held.let_go.done():
+                    leave = min(leave, now + _LEAVE_SECONDS)
+                if not durable or not passes or now >= leave:
+                    raise
+                log.info(
+                    "no word of the sandbox; asking again", evaluation_id=held.claim.evaluation_id, error=str(error)
+                )
+            await asyncio.sleep(_jittered(pause))
+            pause = min(pause * 2, _BACKOFF_MAX_S)
 
     async def _finish(self, held: Held, reason: Reason, detail: str) -> None:
         outcome = Outcome(state=terminal_state_of(reason), reason=reason, detail=detail)
         finish = c.Finish(attempt=held.claim.attempt, actor=self._worker, outcome=outcome)
         await _unless_stale(self._storage.finish(held.claim.evaluation_id, finish))
+
+
+def _jittered(pause: float) -> float:
+    """Spread what many slots do at once."""
+    return pause * (0.5 + random.random())  # noqa: S311 - spreads load, no secret
+
+
+async def _pause(held: Held, seconds: float) -> None:
+    """Wait about so long, or until the attempt is to be let go."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_jittered(seconds)):
+            await asyncio.shield(held.let_go)
 
 
 async def _unless_stale(call: Awaitable[c.EvaluationRecord]) -> None:

@@ -407,7 +407,7 @@ class KubernetesDispatcher:
     def _status(self, evaluation_id: str, attempt: int) -> c.SandboxStatus:
         sandbox = names.sandbox_name(evaluation_id, attempt)
         return c.SandboxStatus(
-            evaluation_id=evaluation_id, attempt=attempt, runtime=RUNTIME, phase=self._phase(sandbox)
+            evaluation_id=evaluation_id, attempt=attempt, runtime=RUNTIME, phase=self._phase(sandbox), durable=True
         )
 
     def _phase(self, sandbox: str) -> c.SandboxPhase:
@@ -421,8 +421,10 @@ class KubernetesDispatcher:
 
     # -- ending
 
-    async def stop(self, evaluation_id: str, reason: Reason) -> c.SandboxStatus:
-        """End the latest sandbox of an evaluation; returns once its end is recorded, or a little later without that.
+    async def stop(self, evaluation_id: str, reason: Reason, *, attempt: int | None = None) -> c.SandboxStatus:
+        """End the sandbox of an evaluation; returns once its end is recorded, or a little later without that.
+
+        With an `attempt` no later one is touched.
 
         Raises:
             ProblemError: `not-found`, `cluster-unavailable`, or `invalid-request` for a reason that no one can ask for.
@@ -431,13 +433,14 @@ class KubernetesDispatcher:
             raise ProblemError(
                 "invalid-request", f"a sandbox is not stopped for {reason}; {', '.join(sorted(STOP_REASONS))}"
             )
-        attempts = self._attempts.get(evaluation_id) or await self._find_attempts(evaluation_id)
+        known = self._attempts.get(evaluation_id) or await self._find_attempts(evaluation_id)
+        attempts = sorted(each for each in known if attempt is None or each <= attempt)
         if not attempts:
             raise ProblemError("not-found", "there is no sandbox of this evaluation here")
-        latest = max(attempts)
-        for attempt in sorted(attempts):
+        latest = attempts[-1]
+        for each in attempts:
             try:
-                await self._end(evaluation_id, attempt, reason)
+                await self._end(evaluation_id, each, reason)
             except ApiError as error:
                 raise unavailable(error) from error
         await self._until_collected(names.sandbox_name(evaluation_id, latest), _RECORD_SECONDS)
