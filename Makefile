@@ -28,7 +28,11 @@ demo: setup-run ## Set up, run a mixed batch and explain each outcome (BROKER=ra
 servers: setup-run ## Run a RabbitMQ cluster and a Redis in the foreground, and print the settings that name them
 	$(BIN)/python -m tests.servers
 
-.PHONY: cluster-up cluster-down cluster-status cluster-kubectl
+.PHONY: cluster-tools cluster-up cluster-down cluster-status cluster-kubectl
+# What it prints is for programs.
+cluster-tools: setup-dev
+	@scripts/cluster-tools >/dev/null
+
 cluster-up: setup-dev ## Bring up a Kubernetes cluster of three nodes on this machine (CRUCIBLE_CLUSTER names it)
 	$(BIN)/python -m tests.cluster up
 
@@ -61,7 +65,7 @@ test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
 	$(PYTEST) tests/integration --junitxml=reports/integration.xml
 
 .PHONY: test-cluster
-test-cluster: setup-dev ## Tests on a real Kubernetes cluster of three nodes, brought up for them; takes root
+test-cluster: cluster-tools ## Tests on a real Kubernetes cluster of three nodes, brought up for them; takes root
 	$(PYTEST) tests/kubernetes --junitxml=reports/cluster.xml
 
 .PHONY: bench

@@ -30,6 +30,8 @@ CONTROL_PLANE = "cp"
 API_SECONDS = 60
 NODE_SECONDS = 60
 MANIFESTS = FILES / "manifests"
+# The platform's own, so that a Pod under gVisor is here what it is there.
+RUNTIME_CLASS = machine.REPOSITORY / "policies" / "admission" / "runtime-class.yaml"
 _CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 _ROLES = {"calico-node", "calico-cni-plugin"}
 
@@ -106,7 +108,8 @@ class NamespaceCluster(Cluster):
         for node in nodes:
             self._join(node)
         self._apply(fill_in(MANIFESTS / "coredns.yaml", settings(nodes[0])))
-        self._apply((MANIFESTS / "classes.yaml").read_text(encoding="utf-8"))
+        self._apply((MANIFESTS / "storage.yaml").read_text(encoding="utf-8"))
+        self._apply(RUNTIME_CLASS.read_text(encoding="utf-8"))
         say("nodes Ready")
         self.kubectl("-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=60s")
         state.complete = True

@@ -35,7 +35,7 @@ SERVICE_NETWORK = "10.98.0.0/16"
 API_SERVICE_ADDRESS = "10.98.0.1"
 DNS_ADDRESS = "10.98.0.10"
 FABRIC_ADDRESS = f"{NODE_PREFIX}.1"
-# Where a cloud's machines ask for their metadata, and with it for their credentials.
+# Where a cloud's machines ask for their metadata, and with it for their credentials. A stand-in answers here, and everyone.
 METADATA_ADDRESS = "169.254.169.254"
 API_PORT = 6443
 _CORE = "core"
@@ -88,6 +88,8 @@ class Fabric:
         )
         for zone in sorted(set(zones)):
             fabric.add_zone(zone)
+        server = [sys.executable, "-I", "-m", "http.server", "--bind", METADATA_ADDRESS, "--directory"]
+        fabric._start([*server, FILES / "metadata", "80"])
         return identity
 
     def add_zone(self, zone: str) -> None:

@@ -41,7 +41,7 @@ def _alternative(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: Key) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, issuer: x509.Name, key: Key, issuer_key: Key) -> x509.CertificateBuilder:
     now = dt.datetime.now(dt.UTC)
     return (
         x509.CertificateBuilder()
@@ -52,6 +52,8 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: Key) -> x509.Certificat
         # A node's clock is the host's, but a moment of another day is not worth a failure.
         .not_valid_before(now - dt.timedelta(minutes=5))
         .not_valid_after(now + VALID_FOR)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
     )
 
 
@@ -86,7 +88,7 @@ class Authority:
         self._key = ec.generate_private_key(ec.SECP256R1())
         subject = _name(f"crucible-cluster-{name}", None)
         self._certificate = (
-            _builder(subject, subject, self._key)
+            _builder(subject, subject, self._key, self._key)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_usage(authority=True), critical=True)
             .sign(self._key, hashes.SHA256())
@@ -107,7 +109,7 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = (
-            _builder(_name(common_name, organization), self._certificate.subject, key)
+            _builder(_name(common_name, organization), self._certificate.subject, key, self._key)
             .add_extension(_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         )

@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tests.cluster.errors import ClusterError
 from tests.cluster.processes import ProcessId
@@ -62,6 +62,13 @@ def boot_id() -> str:
     return _BOOT_ID.read_text(encoding="ascii").strip()
 
 
+def _is_file(opened: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 class Home:
     """The folder of a cluster."""
 
@@ -98,11 +105,20 @@ class Home:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process from changing the cluster."""
+        """Keep every other process from changing the cluster. The lock's file goes when the cluster does."""
         self._lock_file.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock_file.open("w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        while True:
+            with self._lock_file.open("w", encoding="ascii") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _is_file(lock, self._lock_file):
+                    # Who had it before has ended the cluster.
+                    continue
+                try:
+                    yield
+                finally:
+                    if not self.path.exists():
+                        self._lock_file.unlink()
+                return
 
     def load(self) -> State | None:
         """Return the cluster's state, or None if it was never brought up, or in an earlier run of the machine."""
