@@ -256,16 +256,18 @@ def refusals(guarded: Cluster) -> dict[tuple[str, str], str]:
     async def ask() -> dict[tuple[str, str], str]:
         async with KubernetesApi(from_kubeconfig(guarded.kubeconfig)) as api:
             asked = list(questions())
-            said = await asyncio.gather(*(refusal(api, resource, thing) for _, resource, thing in asked))
+            at_once = asyncio.Semaphore(16)
+            said = await asyncio.gather(*(refusal(api, resource, thing, at_once) for _, resource, thing in asked))
             return {name: why for (name, _, _), why in zip(asked, said, strict=True)}
 
     return asyncio.run(ask())
 
 
-async def refusal(api: KubernetesApi, resource: Resource, thing: Object) -> str:
+async def refusal(api: KubernetesApi, resource: Resource, thing: Object, at_once: asyncio.Semaphore) -> str:
     """Ask the API server to create something, without doing it, and return why it refuses; empty if it does not."""
     try:
-        await api.create(resource, thing, thing["metadata"]["namespace"], dry_run=True)
+        async with at_once:
+            await api.create(resource, thing, thing["metadata"]["namespace"], dry_run=True)
     except ApiError as error:
         if error.status not in {403, 422}:
             raise
