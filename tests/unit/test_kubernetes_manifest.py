@@ -19,6 +19,7 @@ from crucible.dispatcher.kubernetes.manifest import (
     sandbox_objects,
     storage_bytes,
 )
+from crucible.dispatcher.seccomp import build_filter
 from crucible.evaluation import EvaluationRequest, resolve
 from crucible.limits import Limits
 from crucible.quantity import MIB, parse_cpu, parse_memory
@@ -53,6 +54,10 @@ def made(settings: KubernetesSettings = SETTINGS, limits: Limits | None = None, 
     spec = resolve(EvaluationRequest(**wanted), limits)
     asked = c.SandboxRequest(attempt=2, worker="w", owner="Ada L.", spec=spec, traceparent="00-1-2-01")
     return sandbox_objects(ID, asked, settings, limits, grace_seconds=4.5)
+
+
+def encoded(program: bytes) -> str:
+    return base64.b64encode(program).decode()
 
 
 def container_of(objects: SandboxObjects) -> Any:
@@ -131,6 +136,8 @@ def test_the_whole_pod() -> None:
                         "open_files=256",
                         "file_bytes=67108864",
                         "stdin=/input/stdin",
+                        f"seccomp_x86_64={encoded(build_filter('x86_64', counted=True))}",
+                        f"seccomp_aarch64={encoded(build_filter('aarch64', counted=True))}",
                     ],
                     "workingDir": "/tmp",
                     "env": [
@@ -209,6 +216,7 @@ def test_without_input_there_is_nothing_of_it() -> None:
 def test_the_runner_understands_its_arguments() -> None:
     plan = Plan(container_of(made())["args"])
     assert (plan.frames, plan.lines, plan.pid_namespace, plan.timeout_seconds) == (1, True, True, 30)
+    assert plan.seccomp
     assert plan.log_bytes == log_bytes(Limits()) < 256 * MIB, "what the nodes' kubelets let a log grow to"
     assert plan.output_bytes * 4 / 3 < plan.log_bytes < storage_bytes(Limits())
 

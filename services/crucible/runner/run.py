@@ -71,6 +71,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 CAPABILITY_HEADER = (0x20080522).to_bytes(4, "little") + bytes(4)
 NO_CAPABILITIES = bytes(24)
 PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, PR_SET_NO_NEW_PRIVS = 22, 2, 38
 PR_SET_CHILD_SUBREAPER = 36
 LINUX = sys.platform == "linux"
 FIONREAD = 0x541B if LINUX else 0x4004667F
@@ -98,6 +99,8 @@ class Plan:
         self.code = given["code"]
         self.stdin = given.get("stdin", "")  # file that becomes the code's standard input; else the runner's own does
         self.pid_namespace = given.get("pid_namespace") == "1"
+        # System calls that the code may not make: a BPF program in base64. One for each architecture that may turn out to be ours.
+        self.seccomp = given.get(f"seccomp_{os.uname().machine}", "")
         self.packages = given.get("packages", "")
         self.timeout_seconds = number("timeout_ms") / 1000
         self.output_bytes = number("output_bytes")
@@ -126,13 +129,30 @@ def call_kernel(name: str, *arguments: "int | bytes | None") -> None:
         raise OSError(f"{name}{arguments} was refused")
 
 
-def prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int, pointed_at: "bytes | None" = None) -> None:
     """Ask something of the kernel about this process.
 
     Raises:
         OSError: as `call_kernel`.
     """
-    call_kernel("prctl", option, value, 0, 0, 0)
+    call_kernel("prctl", option, value, pointed_at, 0, 0)
+
+
+def filter_system_calls(encoded: str) -> None:
+    """Have this process and its children make no system call that a BPF program in base64 refuses.
+
+    Raises:
+        OSError: as `call_kernel`.
+    """
+    from array import array  # noqa: PLC0415 - only where a filter is given
+    from binascii import a2b_base64  # noqa: PLC0415
+
+    program = array("B", a2b_base64(encoded))
+    address, size = program.buffer_info()
+    # struct sock_fprog: the number of instructions, which have eight bytes each, and where they are.
+    where = (size // 8).to_bytes(8, "little") + address.to_bytes(8, "little")
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, where)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------------
@@ -455,6 +475,8 @@ def become_code(
         apply_limits(plan)
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         namespace = prepare_interpreter(plan)
+        if plan.seccomp:
+            filter_system_calls(plan.seccomp)
     except BaseException as error:
         os.write(voice, f"!{type(error).__name__}: {error}".encode("utf-8", "replace")[:REPORT_TEXT])
         os._exit(SETUP_FAILED)
@@ -642,7 +664,9 @@ class Run:
             self._counts[kind] += len(data)
             self._outbox.add(kind, now, self._since_start(now), data)
         if self._plan.log_bytes and self._outbox.logged > self._plan.log_bytes:
-            self._finish("output_limit", "wrote its output in so many small pieces that they take more room than is kept")
+            self._finish(
+                "output_limit", "wrote its output in so many small pieces that they take more room than is kept"
+            )
             self._forget_streams()
         return True
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from crucible import names
 from crucible.dispatcher.interpreter import PYTHON_FLAGS
+from crucible.dispatcher.seccomp import build_filter
 from crucible.quantity import MIB, format_cpu, format_memory
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ _LOG_SPARE_BYTES = 16 * MIB
 _STORAGE_SPARE_BYTES = 64 * MIB
 # Each piece of output costs the log a header, base64 and the runtime's own prefix; many small pieces cost much more than their bytes.
 _LOG_FACTOR = 2
+# What kind of node it will be is not known yet. gVisor does not apply the Pod's seccomp profile to what runs in it (which would refuse
+# the runner the code's own PID namespace, too); so the runner puts a filter on the code alone.
+_FILTERS = {
+    f"seccomp_{machine}": base64.b64encode(build_filter(machine, counted=True)).decode()
+    for machine in ("x86_64", "aarch64")
+}
 # The Pod has nothing to end in order: its runner is killed and the code with it.
 _TERMINATION_SECONDS = 2
 
@@ -287,7 +294,7 @@ class _Maker:
         }
         if self._spec.stdin:
             arguments["stdin"] = f"{_STDIN_FOLDER}/{STDIN_KEY}"
-        return arguments
+        return arguments | _FILTERS
 
     def _environment(self) -> dict[str, str]:
         return {
