@@ -76,6 +76,10 @@ bench: setup-dev ## Measure latency and throughput against bare sandboxes on thi
 bench-broker: setup-dev ## Measure publishing, consuming and the relay beside raw kombu on a real cluster of three
 	$(BIN)/python -m benchmarks.broker
 
+.PHONY: bench-cluster
+bench-cluster: setup-dev ## Measure the platform beside bare Jobs, and gVisor beside runc, on one real cluster
+	$(BIN)/python -m benchmarks.cluster
+
 .PHONY: setup-run
 setup-run:
 	@scripts/setup run
