@@ -73,6 +73,7 @@ class Installer:
         self._clock = clock
         self._proved_at: float | None = None
         self._proved = ""
+        self._said = ""
 
     def run(self, stopped: Callable[[float], bool]) -> None:
         """Do rounds until `stopped(seconds)`, which waits for that long, says so."""
@@ -90,14 +91,21 @@ class Installer:
         except NotReadyError as error:
             self._proved_at = None
             self._metrics.count("gvisor_install_failures_total", reason=error.reason.value)
-            logger.error("%s: %s", error.reason.value, error)  # noqa: TRY400 - the sentence is the news, not where it was raised
+            self._say(logging.ERROR, f"{error.reason.value}: {error}")
             self._report_if_possible(Verdict(ready=False, reason=error.reason, message=str(error)))
         except InconclusiveError as error:
-            logger.warning("left as it was: %s", error)
+            self._say(logging.WARNING, f"left as it was: {error}")
         else:
+            self._said = ""
             self._metrics.set("gvisor_verified_timestamp_seconds", round(time.time(), 3))
             return config.verify_seconds
         return wait
+
+    def _say(self, level: int, message: str) -> None:
+        """Log what a round came to, once for as long as it stays the same."""
+        if message != self._said:
+            logger.log(level, "%s", message)
+        self._said = message
 
     def _ensure(self, config: Configuration) -> Verdict:
         node = self._node()
