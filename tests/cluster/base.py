@@ -94,10 +94,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def import_image(self, file: Path) -> None:
-        """Give an image to every node, and to every one that comes later; by its tag and, of an OCI archive, by digest.
-
-        The file must stay for as long as nodes may be added.
-        """
+        """Give an image to every node, and to every one that comes later, by each name that its archive has for it."""
 
     def kubectl_command(self, *arguments: str) -> list[str | Path]:
         """Return the command line that runs kubectl against this cluster."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -95,10 +96,16 @@ def main(arguments: Sequence[str]) -> int:
     wanted, rest = parser.parse_known_args(arguments)
     if rest and wanted.command not in {"kubectl", "calicoctl", "run"}:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # One way out for Ctrl-C, `kill` and a closed terminal: what is half made is removed.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         _run(wanted, rest)
     except ClusterError as error:
         print(f"cluster: {error}", file=sys.stderr)
+        return 1
+    except PermissionError as error:
+        print(f"cluster: {error}: run it as the one who made the cluster, most likely root", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

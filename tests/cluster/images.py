@@ -1,4 +1,4 @@
-"""Images of the cluster's own, made of single programs, and what a file with an image says about itself."""
+"""Images of the cluster's own, made of single programs."""
 
 from __future__ import annotations
 
@@ -41,22 +41,3 @@ def make_image(reference: str, program: Path, target: Path) -> None:
         _add(archive, name, content, 0o644)
         _add(archive, "layer.tar", layer.getvalue(), 0o644)
         _add(archive, "manifest.json", json.dumps(manifest).encode(), 0o644)
-
-
-def references_by_digest(file: Path) -> dict[str, str]:
-    """Return, for each tag in an OCI archive, the reference by digest that its image also has."""
-    with tarfile.open(file) as archive:
-        try:
-            index = archive.extractfile("index.json")
-        except KeyError:
-            return {}
-        if index is None:
-            return {}
-        manifests = json.load(index)["manifests"]
-    found = {}
-    for manifest in manifests:
-        annotations = manifest.get("annotations", {})
-        tag = annotations.get("io.containerd.image.name") or annotations.get("org.opencontainers.image.ref.name")
-        if tag and "@" not in tag:
-            found[tag] = f"{tag.rpartition(':')[0]}@{manifest['digest']}"
-    return found

@@ -16,15 +16,15 @@ from tests.cluster import machine
 from tests.cluster.base import ZONES, Cluster, Node, say_nothing
 from tests.cluster.cgroups import Cgroup
 from tests.cluster.errors import ClusterError
-from tests.cluster.images import COREDNS, PAUSE, PROBE, make_image, references_by_digest
+from tests.cluster.images import COREDNS, PAUSE, PROBE, make_image
 from tests.cluster.network import API_PORT, FILES, NODE_LIMIT, Fabric, node_address
 from tests.cluster.node import VOLUMES, NodeMachine, fill_in, settings
 from tests.cluster.pki import Authority, make_signing_key, write_private
-from tests.cluster.processes import run, wait_for
+from tests.cluster.processes import wait_for
 from tests.cluster.state import Home, NodeState, State, boot_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 CONTROL_PLANE = "cp"
 API_SECONDS = 60
@@ -34,6 +34,16 @@ MANIFESTS = FILES / "manifests"
 RUNTIME_CLASS = machine.REPOSITORY / "policies" / "admission" / "runtime-class.yaml"
 _CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 _ROLES = {"calico-node", "calico-cni-plugin"}
+
+
+def _keep(file: Path, kept: Path) -> Path:
+    """Have the file under another name too, for nodes that come when the first is gone."""
+    try:
+        kept.hardlink_to(file)
+    except OSError:
+        # Another file system.
+        shutil.copy(file, kept)
+    return kept
 
 
 class NamespaceCluster(Cluster):
@@ -75,6 +85,12 @@ class NamespaceCluster(Cluster):
         """End it, and leave nothing of it behind. A cluster that is not up, or only half, is no error."""
         with self._home.locked():
             self._remove()
+            shutil.rmtree(self._failed, ignore_errors=True)
+
+    @property
+    def _failed(self) -> Path:
+        """Where the logs are kept of a cluster that did not come up."""
+        return self._home.path.with_name(f"{self.name}.failed")
 
     def _make(self, tools: machine.Tools, say: Callable[[str], None]) -> None:
         self._home.path.mkdir(parents=True)
@@ -124,11 +140,9 @@ class NamespaceCluster(Cluster):
         shutil.rmtree(self._home.path, ignore_errors=True)
 
     def _keep_logs(self) -> None:
-        """Copy the logs of a cluster that did not come up to where `down` does not remove them."""
-        kept = self._home.path.with_name(f"{self.name}.failed")
-        shutil.rmtree(kept, ignore_errors=True)
+        shutil.rmtree(self._failed, ignore_errors=True)
         for log in self._home.path.glob("nodes/*/log"):
-            shutil.copytree(log, kept / log.parent.name, ignore_dangling_symlinks=True)
+            shutil.copytree(log, self._failed / log.parent.name, ignore_dangling_symlinks=True)
 
     def _wait_for_api(self) -> None:
         def ready() -> bool:
@@ -300,42 +314,41 @@ class NamespaceCluster(Cluster):
     # ------------------------------------------------------------------ images
 
     def import_image(self, file: Path) -> None:
-        """Give an image to every node, and to every one that comes later; by its tag and, of an OCI archive, by digest.
-
-        The file must stay for as long as nodes may be added.
-        """
+        """Give an image to every node, and to every one that comes later, by each name that its archive has for it."""
         with self._changing() as state:
-            path = file.absolute()
-            if not path.is_file():
-                raise ClusterError(f"there is no file {path}")
-            self._import(state, [path], [node for node in state.nodes.values() if node.init])
-            if str(path) not in state.images:
-                state.images.append(str(path))
+            if not file.is_file():
+                raise ClusterError(f"there is no file {file}")
+            kept = self._images / f"{file.stat().st_ino}-{file.name}"
+            self._import(
+                state,
+                [kept if kept.exists() else _keep(file, kept)],
+                [node for node in state.nodes.values() if node.init],
+            )
+            if str(kept) not in state.images:
+                state.images.append(str(kept))
+
+    @property
+    def _images(self) -> Path:
+        return self._home.path / "images"
 
     def _make_own_images(self, state: State, tools: machine.Tools) -> None:
-        folder = self._home.path / "images"
-        folder.mkdir()
+        self._images.mkdir()
         for reference, program in ((PAUSE, "pause"), (COREDNS, "coredns"), (PROBE, "probe")):
-            file = folder / f"{program}.tar"
+            file = self._images / f"{program}.tar"
             make_image(reference, tools.bin / program, file)
             state.images.append(str(file))
 
-    def _import(self, state: State, files: Iterable[Path], nodes: Iterable[NodeState]) -> None:
-        files = list(files)
-        digests = [references_by_digest(file) for file in files]
-
+    def _import(self, state: State, files: Sequence[Path], nodes: Iterable[NodeState]) -> None:
         def into(node: NodeState) -> None:
             node_machine = self._machine(state, node)
             node_machine.wait_for_socket(_CONTAINERD_SOCKET, NODE_SECONDS)
-            ctr = ("ctr", "--namespace=k8s.io", "images")
-            for file, references in zip(files, digests, strict=True):
+            ctr = node_machine.enter("ctr", "--namespace=k8s.io", "images", "import", "-")
+            for file in files:
                 with file.open("rb") as archive:
-                    words = [str(word) for word in node_machine.enter(*ctr, "import", "-")]
+                    words = [str(word) for word in ctr]
                     done = subprocess.run(words, stdin=archive, capture_output=True, text=True, check=False)
                 if done.returncode != 0:
                     raise ClusterError(f"{node.name} does not take the image {file}: {done.stderr.strip()}")
-                for tag, digest in references.items():
-                    run(node_machine.enter(*ctr, "tag", "--force", tag, digest))
 
         with ThreadPoolExecutor(4) as nodes_at_once:
             list(nodes_at_once.map(into, nodes))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ import yaml
 from tests.cluster import ClusterError, UnsupportedHereError, choice, machine, node, open_cluster
 from tests.cluster.cgroups import V1_CONTROLLERS, V2_CONTROLLERS, Cgroup, why_unusable
 from tests.cluster.external import ExternalCluster
-from tests.cluster.images import references_by_digest
 from tests.cluster.namespaces import MANIFESTS, RUNTIME_CLASS
 from tests.cluster.network import FILES
 from tests.cluster.processes import ProcessId
@@ -155,18 +151,3 @@ def test_a_cluster_that_kubeconfig_names_says_what_it_cannot_do(monkeypatch: pyt
     # What `up` says to export is still the cluster that it made.
     monkeypatch.setenv("KUBECONFIG", str(Home("x").kubeconfig))
     assert not isinstance(open_cluster("x"), ExternalCluster)
-
-
-def test_an_oci_archive_names_its_images_by_digest_too(tmp_path: Path):
-    index = {
-        "manifests": [
-            {"digest": "sha256:abc", "annotations": {"org.opencontainers.image.ref.name": "crucible.local/x:dev"}},
-            {"digest": "sha256:def"},
-        ]
-    }
-    content = json.dumps(index).encode()
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        entry = tarfile.TarInfo("index.json")
-        entry.size = len(content)
-        archive.addfile(entry, io.BytesIO(content))
-    assert references_by_digest(tmp_path / "x.tar") == {"crucible.local/x:dev": "crucible.local/x@sha256:abc"}
