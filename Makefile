@@ -28,6 +28,10 @@ demo: setup-run ## Set up, run a mixed batch and explain each outcome (BROKER=ra
 servers: setup-run ## Run a RabbitMQ cluster and a Redis in the foreground, and print the settings that name them
 	$(BIN)/python -m tests.servers
 
+.PHONY: images
+images: setup-run ## Build the images of services/images (NAMES="runner service" for some) and print what each is called
+	@scripts/images $(NAMES)
+
 .PHONY: cluster-tools cluster-up cluster-down cluster-status cluster-kubectl
 # What it prints is for programs.
 cluster-tools: setup-dev
@@ -68,6 +72,10 @@ test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
 test-cluster: cluster-tools ## Tests on a real Kubernetes cluster of three nodes, brought up for them; takes root
 	$(PYTEST) tests/kubernetes --junitxml=reports/cluster.xml
 
+.PHONY: test-with-calico
+test-with-calico: cluster-tools ## The tests of network isolation on a cluster with Calico, kind's where there is Docker; asks first (YES=1: does not)
+	scripts/test-with-calico
+
 .PHONY: bench
 bench: setup-dev ## Measure latency and throughput against bare sandboxes on this machine
 	$(BIN)/python -m benchmarks.run
@@ -88,7 +96,7 @@ setup-run:
 setup-dev:
 	@scripts/setup dev
 
-LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-workflows lint-compose lint-manifests lint-repository lint-docs lock-check
+LINTERS := lint-ruff lint-format lint-types lint-imports lint-yaml lint-shell lint-dockerfiles lint-workflows lint-compose lint-manifests lint-repository lint-docs lock-check
 .PHONY: lint $(LINTERS)
 lint: $(LINTERS) ## Every static check
 
@@ -109,6 +117,9 @@ lint-yaml: setup-dev
 
 lint-shell: setup-dev
 	$(FILES) | scripts/shell-files | xargs $(BIN)/shellcheck
+
+lint-dockerfiles: setup-dev
+	$(FILES) -z -- '*Dockerfile' | xargs -0 $(BIN)/hadolint --config .hadolint.yaml
 
 lint-workflows: setup-dev
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
