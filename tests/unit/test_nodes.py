@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from crucible import names
 from crucible.nodes import configuration, containerd, host, probe, readiness, release
@@ -20,7 +21,8 @@ from crucible.nodes.readiness import Verdict
 
 pytestmark = pytest.mark.unit
 
-MANIFESTS = Path(__file__).parents[2] / "gitops" / "base" / "gvisor"
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "gitops" / "base" / "gvisor"
 VERSION = tomllib.loads((MANIFESTS / configuration.INSTALLER).read_text("utf-8"))["version"]
 NOW = "2026-01-01T00:00:00Z"
 CONTAINERD_CONFIG = """
@@ -148,6 +150,30 @@ class TestManifests:
     )
     def test_call_things_by_the_names_that_the_code_uses(self, file: str, wanted: str) -> None:
         assert wanted in (MANIFESTS / file).read_text("utf-8")
+
+
+class TestNodeConfig:
+    """What a node on Amazon Linux 2023 is told at its first boot."""
+
+    @pytest.fixture(scope="class")
+    def spec(self) -> Any:
+        found = yaml.safe_load((ROOT / "platform" / "node_config" / "sandbox.yaml").read_text("utf-8"))
+        assert (found["apiVersion"], found["kind"]) == ("node.eks.aws/v1alpha1", "NodeConfig")
+        assert set(found) == {"apiVersion", "kind", "spec"}
+        assert set(found["spec"]) <= {"cluster", "containerd", "instance", "kubelet", "featureGates"}
+        return found["spec"]
+
+    def test_seeds_the_import_without_which_the_installer_refuses(self, spec: Any) -> None:
+        containerd.check_imports(
+            containerd.parse(spec["containerd"]["config"]),
+            config_path=host.CONTAINERD_CONFIG,
+            drop_in_path=f"{host.DROP_INS}/{configuration.DROP_IN}",
+        )
+
+    def test_registers_with_the_label_and_taints_that_the_installer_looks_for(self, spec: Any) -> None:
+        taints = [taint["key"] for taint in spec["kubelet"]["config"]["registerWithTaints"]]
+        assert taints == [names.TAINT_SANDBOX, names.TAINT_NOT_READY]
+        assert spec["kubelet"]["flags"] == [f"--node-labels={names.LABEL_SANDBOX_NODE}=true"]
 
 
 class TestConfiguration:
