@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 CONTROL_PLANE = "cp"
-API_SECONDS = 60
-NODE_SECONDS = 60
+# Each takes a few seconds on an idle machine.
+API_SECONDS = 120
+NODE_SECONDS = 120
 MANIFESTS = FILES / "manifests"
 # The platform's own, so that a Pod under gVisor is here what it is there.
 RUNTIME_CLASS = machine.REPOSITORY / "policies" / "admission" / "runtime-class.yaml"
@@ -127,7 +128,7 @@ class NamespaceCluster(Cluster):
         self._apply((MANIFESTS / "storage.yaml").read_text(encoding="utf-8"))
         self._apply(RUNTIME_CLASS.read_text(encoding="utf-8"))
         say("nodes Ready")
-        self.kubectl("-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=60s")
+        self.kubectl("-n", "kube-system", "rollout", "status", "deployment/coredns", f"--timeout={NODE_SECONDS}s")
         state.complete = True
         self._home.save(state)
         say("up")
@@ -155,7 +156,7 @@ class NamespaceCluster(Cluster):
 
     def _apply_calico(self, tools: machine.Tools) -> None:
         self.kubectl("apply", "--server-side", "-f", str(tools.calico_manifests / "crds.yaml"))
-        self.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd", "--all")
+        self.kubectl("wait", "--for=condition=Established", f"--timeout={API_SECONDS}s", "crd", "--all")
         manifest = (tools.calico_manifests / "calico-policy-only.yaml").read_text(encoding="utf-8")
         roles = [
             document

@@ -9,12 +9,15 @@ All addresses live in namespaces of the cluster, so that any number of clusters 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.cluster.cgroups import OUTSIDE, Cgroup
+from tests.cluster.errors import ClusterError
 from tests.cluster.processes import ProcessId, run, start, wait_for
 
 if TYPE_CHECKING:
@@ -105,11 +108,15 @@ class Fabric:
 
     def has_zone(self, zone: str) -> bool:
         """Whether the zone has its bridge already."""
-        return f"{_link('z', zone)}:" in self.run("ip", "-o", "link", "show")
+        return _link("z", zone) in self._links()
 
     def connect(self, node: NodeState, pid: int) -> None:
         """Plug in the cable of the node whose PID 1 this is."""
         port = _link("n", node.name)
+        if port in self._links():
+            # The kernel removes the cable of the node's earlier life in its own time.
+            with contextlib.suppress(ClusterError):
+                self._ip(f"link del {port}")
         mac = f"02:00:0a:5b:00:{NODE_FIRST_HOST + node.number:02x}"
         self._ip(
             f"link add {port} type veth peer name eth0 address {mac} netns {pid}",
@@ -147,6 +154,9 @@ class Fabric:
     @property
     def _enter(self) -> list[str]:
         return ["nsenter", f"--net=/proc/{self._process.number}/ns/net", "--"]
+
+    def _links(self) -> set[str]:
+        return {link["ifname"] for link in json.loads(self.run("ip", "-json", "link", "show"))}
 
     def _ip(self, *commands: str) -> None:
         self.run("ip", "-batch", "-", input="\n".join(commands))

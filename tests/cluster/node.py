@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tests.cluster.state import Home, NodeState
 
 DISK_BYTES = 20 * 1024**3
-BOOT_SECONDS = 30
+BOOT_SECONDS = 60
 VOLUMES = 8
 DOMAIN = "crucible.dev"
 NODE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -211,7 +211,7 @@ class NodeMachine:
                 raise ClusterError(f"node {self._state.name} did not start: {self._last_words()}")
             return children.read_text(encoding="ascii").split()
 
-        wait_for(child, seconds=10, what=f"node {self._state.name} to start")
+        wait_for(child, seconds=BOOT_SECONDS, what=f"node {self._state.name} to start")
         self._cgroup.hand_on_controllers()
         return ProcessId.of(int(child()[0]))
 
