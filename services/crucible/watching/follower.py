@@ -43,6 +43,9 @@ _AGAIN_MAX_S = 2.0
 # The log of a container that has ended: how long a stream of it may be silent, and how long its node may refuse it.
 _SILENCE_SECONDS = 3.0
 _REFUSED_SECONDS = 10.0
+# Its node has deleted it: so it does with what was evicted or deleted, at once.
+_GONE_SECONDS = 2.0
+_GONE_STATUSES = frozenset({400, 404})
 # A runner that reported that a signal ended the code has nothing more to do; whether memory was the cause is the container's to say.
 _LEAVE_SECONDS = 5.0
 # Nodes tell times to the second, and tell that a container runs about a second after it does.
@@ -274,7 +277,8 @@ class Follower:
                     refused_since = None
                 else:
                     refused_since = clock() if refused_since is None else refused_since
-                    if self._sighting.read(self._patience).over and clock() - refused_since > _REFUSED_SECONDS:
+                    most = _GONE_SECONDS if error.status in _GONE_STATUSES else _REFUSED_SECONDS
+                    if self._sighting.read(self._patience).over and clock() - refused_since > most:
                         log.warning("the log cannot be read", sandbox=self._sandbox, error=str(error))
                         return False
                 log.info("the log broke off; reading it again", sandbox=self._sandbox, error=str(error))

@@ -37,7 +37,7 @@ log = logs.get_logger("watching")
 _GROUP = "crucible-watcher"
 # A follower that failed (a mistake of ours) is begun anew after this.
 _AGAIN_SECONDS = 5.0
-_GAUGE_SECONDS = 1.0
+_HOUSE_SECONDS = 1.0
 # Windows of a watch last 10 s; a replica that has heard nothing for longer sees the cluster as it was.
 _BEHIND_SECONDS = 30.0
 
@@ -77,6 +77,10 @@ class Watching:
         self._nodes_by_name: dict[str, Object] = {}
         self._sightings: dict[str, Sighting] = {}
         self._followers: dict[str, tuple[Follower, asyncio.Task[None]]] = {}
+        # What has become another's is followed on for a lease's length: on a machine that is short of time members come and go, and
+        # to begin anew each time would get nothing done. Two who follow one sandbox do no harm.
+        self._leaving: dict[str, float] = {}
+        self._stay_seconds = monitor.lease_seconds
         # Sandboxes that this replica has seen through, with the Pods that it has let go; for as long as the cluster has any of it.
         self._done: dict[str, frozenset[str]] = {}
         self._ready = False
@@ -125,7 +129,7 @@ class Watching:
         self._election.start()
         self._tasks = [
             asyncio.create_task(self._reconciler.run(), name="reconcile"),
-            asyncio.create_task(self._gauge(), name="watching-gauge"),
+            asyncio.create_task(self._keep_house(), name="watching-house"),
         ]
 
     async def _join(self) -> None:
@@ -222,10 +226,11 @@ class Watching:
         kept = any(holds_output(pod) and pod["metadata"]["uid"] not in (done or ()) for pod in pods)
         wanted = kept or (done is None and job is not None and not is_collected(job))
         if name in self._followers:
+            self._followers[name][0].changed()
             if mine:
-                self._followers[name][0].changed()
-            else:
-                self._drop(name)
+                self._leaving.pop(name, None)
+            elif name not in self._leaving:
+                self._leaving[name] = asyncio.get_running_loop().time() + self._stay_seconds
         elif mine and wanted:
             self._sightings[name] = sighting
             self._follow(name, sighting)
@@ -252,6 +257,7 @@ class Watching:
         if self._followers.get(name, (None, None))[1] is not task:
             return
         del self._followers[name]
+        self._leaving.pop(name, None)
         sighting = self._sightings.pop(name)
         if task.cancelled():
             return
@@ -264,14 +270,22 @@ class Watching:
     def _drop(self, name: str) -> None:
         _, task = self._followers.pop(name)
         self._sightings.pop(name, None)
+        self._leaving.pop(name, None)
         task.cancel()
 
-    async def _gauge(self) -> None:
+    def _leave(self) -> None:
+        """Let go of what has been another's for a while."""
+        now = asyncio.get_running_loop().time()
+        for name in [name for name, until in self._leaving.items() if until <= now]:
+            self._drop(name)
+
+    async def _keep_house(self) -> None:
         while True:
+            self._leave()
             metrics.MONITOR_SANDBOXES.set(len(self._followers))
             for resource, reflector in zip((NODES, PODS, JOBS), self._reflectors, strict=True):
                 metrics.MONITOR_WATCH_LAG.labels(resource.plural).set(reflector.behind_seconds)
-            await asyncio.sleep(_GAUGE_SECONDS)
+            await asyncio.sleep(_HOUSE_SECONDS)
 
 
 def _readiness(node: Object) -> object:
