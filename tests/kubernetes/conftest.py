@@ -53,3 +53,14 @@ def runner_image(cluster: Cluster) -> str:
     image = built_image("runner")
     cluster.import_image(image.archive)
     return image.reference
+
+
+@pytest.fixture(scope="session")
+def guarded_cluster(cluster: Cluster) -> Cluster:
+    """The cluster with all of `policies/` in force, Calico's included."""
+    from tests.support.policies import apply_policies, run_script
+
+    apply_policies(cluster)
+    code, said = run_script(cluster, "apply")
+    assert code == 0, said
+    return cluster

@@ -18,7 +18,6 @@ from tests.support.policies import (
     LISTED_IMAGE,
     Object,
     allow_image,
-    apply_policies,
     changed,
     make_objects,
     pod_of,
@@ -40,9 +39,9 @@ DIGEST = "sha256:" + "b" * 64
 
 
 @pytest.fixture(scope="module")
-def guarded(cluster: Cluster) -> Cluster:
-    """A cluster with the policies in force."""
-    apply_policies(cluster)
+def guarded(guarded_cluster: Cluster) -> Cluster:
+    """A cluster with the policies in force, and an image on the list."""
+    cluster = guarded_cluster
     allow_image(cluster, "admission-test", LISTED_IMAGE)
 
     def admitted() -> bool:

@@ -15,7 +15,6 @@ import pytest
 
 from crucible import names
 from crucible.kubernetes.api import KubernetesApi, from_kubeconfig
-from tests.support.policies import apply_policies
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -112,16 +111,10 @@ def groups_of(namespace: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def guarded(cluster: Cluster) -> Cluster:
-    apply_policies(cluster)
-    return cluster
-
-
-@pytest.fixture(scope="module")
-def matrix(guarded: Cluster) -> dict[tuple[str, str], set[Right]]:
+def matrix(guarded_cluster: Cluster) -> dict[tuple[str, str], set[Right]]:
     """What each identity may do in each namespace, beyond what everybody may."""
     asked = [(name, identity, namespace) for name, identity in IDENTITIES.items() for namespace in NAMESPACES]
-    endpoint = from_kubeconfig(guarded.kubeconfig)
+    endpoint = from_kubeconfig(guarded_cluster.kubeconfig)
 
     async def ask() -> dict[tuple[str, str], set[Right]]:
         limits = httpx.Limits(max_connections=8)
@@ -210,16 +203,18 @@ async def allowed(cluster: Cluster, questions: Iterable[tuple[str, tuple[str, st
     return {question for question, yes in zip(questions, answers, strict=True) if yes}
 
 
-async def test_no_service_may_do_what_would_undo_the_isolation(guarded: Cluster) -> None:
+async def test_no_service_may_do_what_would_undo_the_isolation(guarded_cluster: Cluster) -> None:
     asked = [(name, what) for name in ("dispatcher", "monitor", "cleanup") for what in FORBIDDEN]
-    assert await allowed(guarded, asked) == set()
+    assert await allowed(guarded_cluster, asked) == set()
     # The same way of asking finds what is allowed.
     control = ("dispatcher", (EVALUATIONS, "batch", "jobs", "create"))
-    assert await allowed(guarded, [control]) == {control}
+    assert await allowed(guarded_cluster, [control]) == {control}
 
 
 @pytest.mark.parametrize("name", ["api", "storage", "worker", "policies", "evaluation", "default"])
-def test_who_never_calls_the_api_server_gets_no_token(guarded: Cluster, name: str) -> None:
+def test_who_never_calls_the_api_server_gets_no_token(guarded_cluster: Cluster, name: str) -> None:
     namespace, account = IDENTITIES[name]
-    found = json.loads(guarded.kubectl("get", "serviceaccount", account, "--namespace", namespace, "-o", "json"))
+    found = json.loads(
+        guarded_cluster.kubectl("get", "serviceaccount", account, "--namespace", namespace, "-o", "json")
+    )
     assert found["automountServiceAccountToken"] is False
