@@ -7,6 +7,7 @@ the Job as collected. That mark, and nothing sooner, is what those who wait here
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import time
 from collections import OrderedDict, defaultdict
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from crucible.evaluation import Resources
-    from crucible.kubernetes.api import KubernetesApi, Object
+    from crucible.kubernetes.api import KubernetesApi, Object, Resource
     from crucible.limits import Limits
     from crucible.settings import DispatcherSettings, KubernetesSettings
     from crucible.tracing import Tracing
@@ -48,6 +49,9 @@ _KEPT_SECONDS = 900.0
 # After a stop, how long its caller waits for the end to be recorded, before it is told "not yet".
 _RECORD_SECONDS = 5.0
 _STOP_GRACE_SECONDS = 1
+# The API server counts each creation in the quota's own object, and says "conflict" where too many do so at once.
+_CONFLICT_TRIES = 6
+_CONFLICT_PAUSE_S = 0.05
 # No evaluation's, since ids begin with their time.
 _NOBODY = "ev-00000000000000000000000000"
 
@@ -317,9 +321,19 @@ class KubernetesDispatcher:
             case c.Fit.LATER:
                 raise ProblemError("no-capacity", answer.reason or "")
 
+    async def _create(self, resource: Resource, wanted: Object) -> Object:
+        for tries_left in reversed(range(_CONFLICT_TRIES)):
+            try:
+                return await self._api.create(resource, wanted, self._namespace)
+            except ApiError as error:
+                if not error.conflict or not tries_left:
+                    raise
+            await asyncio.sleep(_CONFLICT_PAUSE_S * (0.5 + random.random()))  # noqa: S311 - spreads load, no secret
+        raise AssertionError("unreachable: the last try returns or raises")
+
     async def _create_config_map(self, wanted: Object) -> None:
         try:
-            await self._api.create(CONFIG_MAPS, wanted, self._namespace)
+            await self._create(CONFIG_MAPS, wanted)
         except ApiError as error:
             if not error.already_exists:
                 raise
@@ -331,7 +345,7 @@ class KubernetesDispatcher:
 
     async def _create_job(self, sandbox: str, wanted: Object) -> Object:
         try:
-            job = await self._api.create(JOBS, wanted, self._namespace)
+            job = await self._create(JOBS, wanted)
         except ApiError as error:
             if not error.already_exists:
                 raise
