@@ -124,6 +124,7 @@ def test_pods_hold_their_nodes_room_until_they_have_ended(cluster: Cluster) -> N
 def test_what_was_just_asked_for_counts_until_its_pod_does(cluster: Cluster) -> None:
     big = Resources(cpu_millis=1900, memory_bytes=GIB)
     assert [cluster.view.reserve(f"{ID}-{n}", big).fit for n in range(3)] == [Fit.NOW, Fit.NOW, Fit.LATER]
+    assert cluster.view.reserve(f"{ID}-1", big).fit is Fit.NOW, "asked again by a caller who lost the answer"
     cluster.pod(0, "w1")
     assert cluster.view.sandboxes == 2
     assert cluster.fit(big)[0] is Fit.LATER

@@ -237,7 +237,9 @@ class ClusterCapacity:
         return CapacityAnswer(fit=fit, reason=reason, largest=self._largest())
 
     def reserve(self, sandbox: str, wanted: Resources, *, config_maps: int = 1) -> CapacityAnswer:
-        """Take what is wanted if it has room now, until its Pod appears; the answer says whether it had."""
+        """Take what is wanted if it has room now, until its Pod appears; the answer says whether it had. Twice is once."""
+        if sandbox in self._reserved:
+            return CapacityAnswer(fit=Fit.NOW, largest=self._largest())
         answer = self.check(wanted, config_maps=config_maps)
         if answer.fit is Fit.NOW:
             demand = demand_of(wanted, self._settings, self._limits, config_maps=config_maps)

@@ -246,10 +246,10 @@ class KubernetesDispatcher:
         self._collected[sandbox] = time.monotonic()
         oldest = time.monotonic() - _KEPT_SECONDS
         while self._collected:
-            sandbox, since = next(iter(self._collected.items()))
+            first, since = next(iter(self._collected.items()))
             if since > oldest and len(self._collected) <= _KEPT_COLLECTED:
                 return
-            del self._collected[sandbox]
+            del self._collected[first]
 
     def _wake(self, sandbox: str) -> None:
         for waiter in self._waiters.get(sandbox, ()):
