@@ -75,6 +75,7 @@ class Watching:
         self._nodes = Reflector(api, NODES)
         self._pods_of: dict[str, dict[str, Object]] = defaultdict(dict)
         self._nodes_by_name: dict[str, Object] = {}
+        self._members = frozenset({instance.lower()})
         self._sightings: dict[str, Sighting] = {}
         self._followers: dict[str, tuple[Follower, asyncio.Task[None]]] = {}
         # What has become another's is followed on for a lease's length: on a machine that is short of time members come and go, and
@@ -92,7 +93,7 @@ class Watching:
             group=_GROUP,
             member=instance.lower(),
             seconds=monitor.lease_seconds,
-            on_change=lambda _: self._consider_all(),
+            on_change=self._note_members,
         )
         leader = Lease(
             api, monitor.lease_namespace, names.LEASE_LEADER, holder=instance.lower(), seconds=monitor.lease_seconds
@@ -204,6 +205,11 @@ class Watching:
 
     # -- who follows what
 
+    def _note_members(self, members: frozenset[str]) -> None:
+        # Nobody at all: the API server answers none of us. What each had stays its own, or all would follow everything.
+        self._members = members or self._members
+        self._consider_all()
+
     def _consider_all(self) -> None:
         if self._ready:
             for name in {*self._sandboxes(), *self._followers}:
@@ -220,7 +226,7 @@ class Watching:
         pods = list(self._pods_of[name].values())
         sighting = self._sightings.get(name) or Sighting(self._nodes_by_name)
         sighting.put(job, pods)
-        mine = owner_of(name, self._membership.members or {self._membership.member}) == self._membership.member
+        mine = owner_of(name, self._members) == self._membership.member
         # The copy may be older than what we did ourselves.
         done = self._done.get(name)
         kept = any(holds_output(pod) and pod["metadata"]["uid"] not in (done or ()) for pod in pods)
