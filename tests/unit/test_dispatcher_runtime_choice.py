@@ -39,6 +39,11 @@ def test_bubblewrap_elsewhere_than_on_linux_is_an_error_that_says_so(monkeypatch
         make_runtime(DispatcherSettings(runtime="bubblewrap"), Limits())
 
 
+def test_sandboxes_of_a_cluster_are_not_quietly_made_on_this_machine() -> None:
+    with pytest.raises(RuntimeUnavailableError, match="not made by the platform on one machine"):
+        make_runtime(DispatcherSettings(runtime="kubernetes"), Limits())
+
+
 def test_the_node_has_what_the_settings_say() -> None:
     resources = node_resources(DispatcherSettings(cpu_millis=700, memory_bytes=64 * 1024**2))
 

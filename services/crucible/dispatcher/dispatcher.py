@@ -46,8 +46,13 @@ def make_runtime(settings: DispatcherSettings, limits: Limits) -> Runtime:
     """Return the runtime that the settings name.
 
     Raises:
-        RuntimeUnavailableError: it is not for this operating system.
+        RuntimeUnavailableError: it is not for this operating system, or not for one machine.
     """
+    if settings.runtime == "kubernetes":
+        raise RuntimeUnavailableError(
+            "sandboxes in a cluster are not made by the platform on one machine",
+            "use `crucible serve dispatcher` there, or unset CRUCIBLE_DISPATCHER__RUNTIME",
+        )
     linux = platform.system() == "Linux"
     if settings.runtime == "process" or (settings.runtime == "auto" and not linux):
         from crucible.dispatcher.runtimes.process import ProcessRuntime  # noqa: PLC0415 - each is for one kind of system

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from crucible.dispatcher.app import make_dispatcher_app
 from crucible.dispatcher.kubernetes.dispatcher import KubernetesDispatcher
-from crucible.kubernetes.api import KubernetesApi, KubernetesConfigError
+from crucible.kubernetes.api import ApiError, KubernetesApi, KubernetesConfigError
 from crucible.serve.service import Service
 from crucible.watching.watching import Watching
 
@@ -62,7 +62,10 @@ class DispatcherService(Service):
         stack.push_async_callback(dispatcher.aclose)
         if not settings.dispatcher.use_monitoring_service:
             watching = Watching(settings, await self.storage_client(), api, self.instance)
-            await watching.start()
+            try:
+                await watching.start()
+            except ApiError as error:
+                raise RuntimeError(f"the API server refuses the watching: {error}") from error
             stack.push_async_callback(watching.aclose)
             watching.watch(self.health)
         return dispatcher
