@@ -155,7 +155,7 @@ class TestManifests:
 class TestNodeConfig:
     """What a node on Amazon Linux 2023 is told at its first boot."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def spec(self) -> Any:
         found = yaml.safe_load((ROOT / "platform" / "node_config" / "sandbox.yaml").read_text("utf-8"))
         assert (found["apiVersion"], found["kind"]) == ("node.eks.aws/v1alpha1", "NodeConfig")

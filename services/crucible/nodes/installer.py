@@ -60,7 +60,7 @@ class Installer:
         settings: Path,
         carried: Path,
         on: host.Host | None = None,
-        pause: Callable[[float], object] = time.sleep,  # noqa: TID251 - a program of threads, with no event loop to wait on
+        pause: Callable[[float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._api = api

@@ -42,6 +42,11 @@ def install(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+
+    def pause(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise SystemExit(0)
+
     metrics = Metrics()
     serve(metrics, arguments.port)
     installer = Installer(
@@ -50,6 +55,7 @@ def install(arguments: argparse.Namespace) -> int:
         metrics,
         settings=arguments.settings,
         carried=arguments.carried,
+        pause=pause,
     )
     installer.run(stop.wait)
     return 0
