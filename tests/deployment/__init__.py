@@ -4,8 +4,8 @@ The same steps for a test cluster, for kind and for any cluster that KUBECONFIG 
 remembered on this machine: what was made before is found in the cluster, so every step may be done again.
 """
 
-from tests.deployment.deploy import Deployed, deploy, remove
+from tests.deployment.deploy import Deployed, deploy, find_deployed, remove
 from tests.deployment.errors import DeployError
 from tests.deployment.target import Target, find_target
 
-__all__ = ["DeployError", "Deployed", "Target", "deploy", "find_target", "remove"]
+__all__ = ["DeployError", "Deployed", "Target", "deploy", "find_deployed", "find_target", "remove"]

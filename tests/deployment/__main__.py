@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tests.cluster import ClusterError
-from tests.deployment import DeployError, deploy, find_target, remove
+from tests.deployment import DeployError, deploy, find_deployed, find_target, remove
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,8 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--timeout", type=float, default=600.0, help="seconds until it is given up")
     down = commands.add_parser("down", help="take it away; what it has stored and its secrets stay")
     down.add_argument("--data", action="store_true", help="delete those too")
-    for command in (up, down):
+    show = commands.add_parser("show", help="print how to reach what is deployed")
+    for command in (up, down, show):
         command.add_argument(
             "--context", help="the cluster by its name in the kubeconfig; needed where it is elsewhere"
         )
@@ -45,13 +46,16 @@ def main(arguments: Sequence[str]) -> int:
         if wanted.command == "down":
             remove(target, data=wanted.data, say=say)
             return 0
-        deployed = deploy(target, timeout=wanted.timeout, say=say)
+        if wanted.command == "show":
+            deployed = find_deployed(target)
+        else:
+            deployed = deploy(target, timeout=wanted.timeout, say=say)
+            say("ready")
     except (DeployError, ClusterError) as error:
         print(f"deploy: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    say("ready")
     print(f"export CRUCIBLE_URL={deployed.url}\nexport CRUCIBLE_API_KEY={deployed.api_key}")
     print("# crucible submit --code 'print(6 * 7)' --follow", flush=True)
     return 0

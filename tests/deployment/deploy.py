@@ -13,7 +13,7 @@ from crucible.names import EVALUATION_NAMESPACE, NODE_NAMESPACE, PLATFORM_NAMESP
 from tests.deployment import images, manifests
 from tests.deployment.errors import DeployError
 from tests.deployment.rollout import WORKLOADS, diagnosis, wait_for_workloads
-from tests.deployment.secret_values import read_secrets, secret_objects, secret_values
+from tests.deployment.secret_values import Values, read_secrets, secret_objects, secret_values
 from tests.deployment.target import Target, run
 from tests.support.waits import WaitTimeoutError, wait_until
 
@@ -51,8 +51,7 @@ def deploy(target: Target, *, timeout: float = 600.0, say: Callable[[str], None]
     say("objects")
     objects = manifests.build(target.kubectl, built, target.registry)
     target.apply([found for found in objects if found["kind"] == "Namespace"])
-    present = read_secrets(target.get("secrets", f"--namespace={PLATFORM_NAMESPACE}", f"--selector={_PART_OF}"))
-    values = secret_values(present)
+    values = secret_values(_present_secrets(target))
     target.apply(secret_objects(values))
     target.apply([found for found in objects if found["kind"] not in _RUNS])
     say("Calico's policies")
@@ -63,9 +62,25 @@ def deploy(target: Target, *, timeout: float = 600.0, say: Callable[[str], None]
     target.apply([found for found in objects if found["kind"] in _RUNS])
     left = timeout - (time.monotonic() - started)
     wait_for_workloads(target, seconds=max(left, 1.0), say=say)
-    deployed = Deployed(target.api_url, values["crucible-setup"]["CRUCIBLE_ADMIN_KEY"])
+    return find_deployed(target)
+
+
+def find_deployed(target: Target) -> Deployed:
+    """Return the platform that is on a cluster, once it answers.
+
+    Raises:
+        DeployError: there is none, or it does not answer.
+    """
+    present = _present_secrets(target).get(_SETUP)
+    if present is None:
+        raise DeployError(f"{target.description} has no platform: `make deploy` puts one there")
+    deployed = Deployed(target.api_url, present["CRUCIBLE_ADMIN_KEY"])
     _check_answers(target, deployed)
     return deployed
+
+
+def _present_secrets(target: Target) -> Values:
+    return read_secrets(target.get("secrets", f"--namespace={PLATFORM_NAMESPACE}", f"--selector={_PART_OF}"))
 
 
 def _check_nodes(target: Target) -> None:
