@@ -17,10 +17,10 @@ import pytest_asyncio
 
 from crucible import names
 from crucible.evaluation import Reason, State
-from crucible.kubernetes.api import JOBS
+from crucible.kubernetes.api import JOBS, NODES, PODS
 from tests.deployment.images import build
 from tests.support.folders import scratch_dir
-from tests.support.waits import wait_until_async
+from tests.support.waits import pass_time, wait_until_async
 from tests.support.watched import WatchedCluster, describe, prepare, watched_cluster
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.asyncio
 Object = dict[str, Any]
 # From a fact to its record. Half of it is the kubelet's, which looks at its containers once a second.
 SECONDS = 15
+# Starting sandboxes takes processors, of which a small machine has two.
+AT_ONCE = 8
 MIB = 1024 * 1024
 
 
@@ -246,8 +248,14 @@ async def container_ended_at(bench: WatchedCluster, evaluation_id: str) -> datet
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def ends(bench: WatchedCluster) -> dict[str, Ended | BaseException]:
-    """All of them at once; what goes wrong with one is for its own test to tell."""
-    found = await asyncio.gather(*(go_through(bench, case) for case in CASES.values()), return_exceptions=True)
+    """All of them, several at once; what goes wrong with one is for its own test to tell."""
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def in_turn(case: Case) -> Ended:
+        async with places:
+            return await go_through(bench, case)
+
+    found = await asyncio.gather(*(in_turn(case) for case in CASES.values()), return_exceptions=True)
     return dict(zip(CASES, found, strict=True))
 
 
@@ -269,3 +277,215 @@ async def test_each_end_is_recorded_once_and_truly(
     if end.fact_at:
         assert record.finished_at is not None
         assert (record.finished_at - end.fact_at).total_seconds() < SECONDS
+
+
+# -- while it runs
+
+
+def counting(lines: int, seconds: float) -> str:
+    """A program that writes numbered lines, to both streams in turn, spread over some time."""
+    return (
+        f"import sys, time\nfor n in range({lines}):\n  print(f'line {{n}}', file=(sys.stdout, sys.stderr)[n % 2], flush=True)\n"
+        f"  time.sleep({seconds / lines})\n"
+    )
+
+
+def counted(lines: int) -> tuple[bytes, bytes]:
+    """What it writes."""
+    out, err = ("".join(f"line {n}\n" for n in range(first, lines, 2)).encode() for first in (0, 1))
+    return out, err
+
+
+async def whole(bench: WatchedCluster, evaluation_id: str, lines: int) -> c.EvaluationRecord:
+    """Wait for the end of a counting program; all that it wrote must be there, once and in order, and its end once."""
+    record = await bench.ended(evaluation_id)
+    events = await bench.events(evaluation_id)
+    assert (record.state, record.exit_code) == (State.COMPLETED, 0), describe(events)
+    assert await bench.output(evaluation_id) == counted(lines)
+    merged = b"".join(frame.payload for frame in await bench.frames(evaluation_id))
+    assert merged == "".join(f"line {n}\n" for n in range(lines)).encode()
+    assert [event.type for event in events] == [
+        *("submitted", "queued", "provisioning", "running", "completed", "collected")
+    ], describe(events)
+    await bench.collected(evaluation_id)
+    return record
+
+
+async def test_output_is_there_while_the_code_runs(bench: WatchedCluster) -> None:
+    evaluation_id = await bench.run(counting(40, 8), timeout_seconds=60)
+    await said(bench, evaluation_id, b"line 0\n")
+    assert await bench.state(evaluation_id) is State.RUNNING
+    assert b"line 38\n" not in (await bench.output(evaluation_id))[0]
+    await whole(bench, evaluation_id, 40)
+
+
+LARGE = 100 * MIB
+
+
+async def test_100_megabytes_arrive_whole_and_in_order(bench: WatchedCluster) -> None:
+    """And the same code's few words on the other stream, apart from them."""
+    line = "'%0127d\\n' % n"
+    code = (
+        "import sys\n"
+        f"for block in range({LARGE // (1024 * 128)}):\n"
+        f"  sys.stdout.write(''.join({line} for n in range(block * 1024, block * 1024 + 1024)))\n"
+        "  if block % 100 == 0: print(block, file=sys.stderr)\n"
+    )
+    evaluation_id = await bench.run(code, timeout_seconds=120, cpu_limit="2")
+    record = await bench.ended(evaluation_id, 120)
+    assert record.reason is Reason.EXIT_ZERO, describe(await bench.events(evaluation_id))
+    expected = hashlib.sha256()
+    for block in range(LARGE // (1024 * 128)):
+        expected.update("".join(f"{n:0127d}\n" for n in range(block * 1024, block * 1024 + 1024)).encode())
+    assert (record.stdout.size, record.stdout.sha256) == (LARGE, expected.hexdigest())
+    said_apart, _ = await bench.client.output(evaluation_id, "stderr")
+    assert said_apart == "".join(f"{block}\n" for block in range(0, LARGE // (1024 * 128), 100)).encode()
+    await bench.collected(evaluation_id)
+
+
+# -- those who watch
+
+
+async def test_when_the_leader_is_killed_another_leads_and_nothing_is_lost_or_doubled(bench: WatchedCluster) -> None:
+    ids = [await bench.run(counting(120, 12), timeout_seconds=60, cpu_limit="200m") for _ in range(6)]
+    await asyncio.gather(*(said(bench, each, b"line 10\n") for each in ids))
+    await wait_until_async(lambda: bench.leader is not None, timeout=SECONDS, describe="one to lead", poll=0.2)
+    leader = bench.leader
+    assert leader is not None
+    began = asyncio.get_running_loop().time()
+    leader.kill()
+    await wait_until_async(lambda: bench.leader is not None, timeout=SECONDS, describe="another to lead", poll=0.2)
+    assert asyncio.get_running_loop().time() - began < SECONDS
+    assert bench.leader is not leader
+    await asyncio.gather(*(whole(bench, each, 120) for each in ids))
+    leader.start()
+
+
+async def test_what_ends_while_nobody_watches_is_recorded_afterwards(bench: WatchedCluster) -> None:
+    ended, running, failed = [
+        await bench.run(code, timeout_seconds=90, cpu_limit="300m")
+        for code in (counting(10, 1), counting(120, 12), "print('before')\n1/0")
+    ]
+    await said(bench, running, b"line 0\n")
+    bench.kill_monitors()
+    vanished = await bench.run(LINGER)
+
+    async def all_over() -> bool:
+        pods = [await bench.pod(each) for each in (ended, failed)]
+        return all(pod is not None and pod["status"].get("phase") in ("Succeeded", "Failed") for pod in pods)
+
+    await wait_until_async(all_over, timeout=60, describe="the Pods to end", poll=0.5)
+    # What the reconciliation alone can find: it is said to run, and the cluster has nothing of it.
+    await bench.tell_running(vanished)
+    await forget(bench, vanished)
+    for monitor in bench.monitors:
+        monitor.launch()
+    for monitor in bench.monitors:
+        monitor.await_ready()
+    record = await whole(bench, ended, 10)
+    assert record.started_at is not None
+    pod = await bench.pod(ended)
+    assert pod is not None
+    told = pod["status"]["containerStatuses"][0]["state"]["terminated"]["startedAt"]
+    assert abs((record.started_at - datetime.fromisoformat(told)).total_seconds()) < 5
+    assert (await bench.ended(failed)).reason is Reason.EXCEPTION
+    await whole(bench, running, 120)
+    lost = await bench.ended(vanished)
+    assert (lost.state, lost.reason, lost.exit_code) == (State.FAILED, Reason.NODE_LOST, None)
+    await bench.collected(failed)
+
+
+async def forget(bench: WatchedCluster, evaluation_id: str) -> None:
+    """Take a sandbox from the cluster as nobody should: finalizers and all."""
+    name = bench.name_of(evaluation_id)
+    await bench.call(bench.api.delete, JOBS, name, names.EVALUATION_NAMESPACE, propagation="Background")
+
+    async def gone() -> bool:
+        pod = await bench.pod(evaluation_id)
+        if pod is None:
+            return await bench.job(evaluation_id) is None
+        free: Object = {"metadata": {"finalizers": None}}
+        await bench.call(bench.api.patch, PODS, pod["metadata"]["name"], free, names.EVALUATION_NAMESPACE)
+        await bench.delete_pod(evaluation_id, grace_seconds=0)
+        return False
+
+    await wait_until_async(gone, timeout=20, describe="nothing to be left of it", poll=0.3)
+
+
+async def test_the_job_of_a_void_attempt_is_given_back(bench: WatchedCluster) -> None:
+    evaluation_id = await bench.run(LINGER)
+    await bench.running(evaluation_id)
+    # As when its worker falls silent: storage settles the attempt, and nobody tells the cluster.
+    await bench.lose(evaluation_id)
+    await bench.collected(evaluation_id, 30)
+    assert (await bench.client.get(evaluation_id)).reason is Reason.EVICTED
+
+
+async def test_the_dispatchers_watch_where_the_monitor_is_not_used_and_back(bench: WatchedCluster) -> None:
+    """Turned off and on with evaluations running: for a moment both kinds watch, then one, then both, then the other."""
+    ids = [await bench.run(counting(200, 20), timeout_seconds=90, cpu_limit="200m") for _ in range(4)]
+    await asyncio.gather(*(said(bench, each, b"line 0\n") for each in ids))
+    fallback = bench.make_monitor(
+        "dispatcher", CRUCIBLE_DISPATCHER__RUNTIME="kubernetes", CRUCIBLE_DISPATCHER__USE_MONITORING_SERVICE="false"
+    )
+    monitors = [each for each in bench.monitors if each is not fallback]
+    await asyncio.to_thread(fallback.start)
+    for monitor in monitors:
+        assert await asyncio.to_thread(monitor.stop) == 0
+    late = await bench.run(counting(10, 1), cpu_limit="300m")
+    await whole(bench, late, 10)
+    await wait_until_async(
+        lambda: bench.leader is fallback, timeout=SECONDS, describe="the dispatcher to lead", poll=0.2
+    )
+    before = fallback.metric("monitor_shipped_bytes_total")
+    assert before > 0
+    for monitor in monitors:
+        monitor.launch()
+    for monitor in monitors:
+        await asyncio.to_thread(monitor.await_ready)
+    assert await asyncio.to_thread(fallback.stop) == 0
+    bench.monitors.remove(fallback)
+    await asyncio.gather(*(whole(bench, each, 200) for each in ids))
+
+
+# -- the cluster itself
+
+
+async def test_an_api_server_that_is_silent_delays_and_loses_nothing(bench: WatchedCluster) -> None:
+    ids = [await bench.run(counting(60, 6), timeout_seconds=60, cpu_limit="200m") for _ in range(3)]
+    await asyncio.gather(*(said(bench, each, b"line 0\n") for each in ids))
+    bench.cluster.pause_api_server()
+    try:
+        await pass_time(7)
+    finally:
+        bench.cluster.resume_api_server()
+    resumed = asyncio.get_running_loop().time()
+    await asyncio.gather(*(whole(bench, each, 60) for each in ids))
+    assert asyncio.get_running_loop().time() - resumed < SECONDS + 5
+
+
+async def test_a_node_without_power_loses_its_sandboxes_and_keeps_what_they_wrote(bench: WatchedCluster) -> None:
+    evaluation_id = await bench.run(LINGER, on_node("w2"))
+    elsewhere = await bench.run(counting(100, 20), on_node("w1"), timeout_seconds=90)
+    await asyncio.gather(said(bench, evaluation_id, b"before\n"), said(bench, elsewhere, b"line 0\n"))
+    node = bench.cluster.node("w2")
+    node.power_cut()
+    try:
+        record = await bench.ended(evaluation_id, 60)
+        seen = await unready_since(bench, "w2")
+    finally:
+        node.revive()
+    assert (record.state, record.reason, record.exit_code) == (State.FAILED, Reason.NODE_LOST, None)
+    assert (await bench.output(evaluation_id))[0] == b"before\n"
+    assert record.finished_at is not None
+    assert (record.finished_at - seen).total_seconds() < SECONDS
+    await bench.collected(evaluation_id)
+    await whole(bench, elsewhere, 100)
+
+
+async def unready_since(bench: WatchedCluster, name: str) -> datetime:
+    """When Kubernetes saw that a node does not answer."""
+    node = await bench.api.get(NODES, name)
+    (condition,) = [each for each in node["status"]["conditions"] if each["type"] == "Ready"]
+    assert condition["status"] != "True"
+    return datetime.fromisoformat(condition["lastTransitionTime"])

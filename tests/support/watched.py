@@ -28,6 +28,7 @@ from crucible.evaluation import EvaluationRequest, Reason, State, make_evaluatio
 from crucible.frames import Frame, Kind
 from crucible.kubernetes.api import CONFIG_MAPS, JOBS, PODS, ApiError, KubernetesApi
 from crucible.limits import Limits
+from crucible.outcome import Outcome
 from crucible.settings import KubernetesSettings
 from tests.support.policies import allow_image, apply_policies
 from tests.support.postgres import fresh_database
@@ -46,6 +47,7 @@ T = TypeVar("T")
 WORKER = "test-worker"
 # Shorter than a person would set them, so that what they bound can be seen.
 SCHEDULING_SECONDS = 12
+NODE_LOST_SECONDS = 4
 # Each look is a call to a service; there are few processors, and many look.
 _POLL_SECONDS = 0.2
 MOST_OUTPUT = 110 * 1024 * 1024
@@ -72,6 +74,7 @@ class WatchedCluster:
             images={"python": image, "missing": MISSING_IMAGE},
             # Many at once on few processors, most of them idle.
             cpu_request_percent=10,
+            node_lost_seconds=NODE_LOST_SECONDS,
         )
         self._folder = folder
         (folder / "data").mkdir(mode=0o711, exist_ok=True)
@@ -80,6 +83,8 @@ class WatchedCluster:
             "CRUCIBLE_DATA_DIR": str(folder / "data"),
             "CRUCIBLE_KUBERNETES__KUBECONFIG": str(cluster.kubeconfig),
             "CRUCIBLE_KUBERNETES__SCHEDULING_SECONDS": str(SCHEDULING_SECONDS),
+            "CRUCIBLE_KUBERNETES__NODE_LOST_SECONDS": str(NODE_LOST_SECONDS),
+            "CRUCIBLE_KUBERNETES__IMAGES": json.dumps({"python": image}),
             "CRUCIBLE_MONITOR__RECONCILE_SECONDS": "5",
             "CRUCIBLE_LOG__LEVEL": "info",
         }
@@ -190,6 +195,17 @@ class WatchedCluster:
         mark = {"metadata": {"annotations": {names.ANNOTATION_STOP: reason}}}
         await self.call(self.api.patch, JOBS, self.name_of(evaluation_id), mark, names.EVALUATION_NAMESPACE)
         await self.delete_pod(evaluation_id)
+
+    async def tell_running(self, evaluation_id: str) -> None:
+        """Tell storage that its code has begun."""
+        attempt, name = self._claimed[evaluation_id].attempt, self.name_of(evaluation_id)
+        await self.client.running(evaluation_id, c.Running(attempt=attempt, actor="test", sandbox=name))
+
+    async def lose(self, evaluation_id: str) -> None:
+        """Settle its attempt behind the cluster's back, as storage does when a worker falls silent."""
+        outcome = Outcome(state=State.FAILED, reason=Reason.EVICTED, detail="settled by the test")
+        finish = c.Finish(attempt=self._claimed[evaluation_id].attempt, actor="test", outcome=outcome)
+        await self.client.finish(evaluation_id, finish)
 
     async def delete_pod(self, evaluation_id: str, *, grace_seconds: int = 1) -> None:
         """Delete its Pod."""
@@ -315,7 +331,8 @@ async def watched_cluster(cluster: Cluster, folder: Path, image: str) -> AsyncIt
 
 
 async def _until(condition: Callable[[], Awaitable[bool]], seconds: float, what: str) -> None:
-    await wait_until_async(condition, timeout=seconds, describe=what, poll=_POLL_SECONDS)
+    met: bool = await wait_until_async(condition, timeout=seconds, describe=what, poll=_POLL_SECONDS)
+    assert met
 
 
 def describe(events: list[Event]) -> str:
