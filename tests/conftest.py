@@ -6,7 +6,25 @@ import signal
 
 import pytest
 
+from tests.support.cluster_resources import CleanupLevel
 from tests.support.reporting import RunReport, in_ci
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what a person may want of a run."""
+    group = parser.getgroup("crucible")
+    group.addoption(
+        "--skip-network-isolation",
+        action="store_true",
+        help="leave out what needs a cluster that enforces network policies; in CI that fails",
+    )
+    group.addoption(
+        "--resource-cleanup",
+        choices=[level.value for level in CleanupLevel],
+        default=CleanupLevel.ALL.value,
+        help="what to remove of what tests made in a cluster: nothing, the Pods, or all; what failed tests made stays with --keep-failed",
+    )
+    group.addoption("--keep-failed", action="store_true", help="leave in the cluster what failed tests made there")
 
 
 def pytest_configure(config: pytest.Config) -> None:

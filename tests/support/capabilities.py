@@ -22,11 +22,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROBE_TIMEOUT_SECONDS = 20
+# How the reason of a skip begins that is made by naming a capability.
+NEEDS = "needs "
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ def _probe_cluster() -> str | None:
     return why_no_cluster()
 
 
+def _probe_of_a_cluster() -> str | None:
+    """Whether a cluster enforces isolation is known only once it is up: `tests/support/cluster_probes.py` asks it then."""
+    return _probe_cluster()
+
+
 _HOW_TO_HAVE_SERVERS = (
     "run `scripts/server-root`, which fetches Debian's packages and says what it lacks: on Debian nothing, on Ubuntu the address "
     "of a Debian mirror in CRUCIBLE_DEBIAN_MIRROR"
@@ -177,6 +185,19 @@ _CAPABILITIES = {
             required_in_ci=True,
         ),
         Capability(
+            "network policies",
+            _probe_of_a_cluster,
+            "leave out --skip-network-isolation and KUBECONFIG, for the tests' own cluster enforces them; or run `make test-with-calico`, "
+            "which makes one with kind and Calico",
+            required_in_ci=True,
+        ),
+        Capability(
+            "gvisor",
+            _probe_of_a_cluster,
+            "leave out KUBECONFIG, for the tests' own cluster has gVisor; or install it on the cluster's nodes: gitops/base/gvisor, docs/gvisor.md",
+            required_in_ci=True,
+        ),
+        Capability(
             "cgroups",
             _probe_cgroups,
             "run the tests as root, or under `systemd-run --user --scope -p Delegate=yes make test-integration`",
@@ -197,6 +218,20 @@ def capability(name: str) -> Capability:
 def why_missing(name: str) -> str | None:
     """Why this machine lacks the capability, or None if it has it. Probed once per run."""
     return capability(name).probe()
+
+
+def miss(name: str, reason: str, *, ci: bool) -> NoReturn:
+    """Skip the test, or fail it in CI if CI must have this capability. For what only a fixture can find out; `needs` is for the rest."""
+    missing = capability(name)
+    if ci and missing.required_in_ci:
+        pytest.fail(f"CI must have {name!r}, but {reason}. To have it: {missing.how_to_run}", pytrace=False)
+    pytest.skip(f"{NEEDS}{name}: {reason}")
+
+
+def missing_in(said: str) -> str | None:
+    """Return the name of the capability that a skip names in its reason, or None."""
+    name = said.removeprefix(NEEDS).partition(":")[0]
+    return name if said.startswith(NEEDS) and name in _CAPABILITIES else None
 
 
 def needs(*names: str) -> pytest.MarkDecorator:

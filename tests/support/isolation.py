@@ -173,8 +173,18 @@ class JobEvaluations:
         )
         frames = await self._frames(evaluation_id)
         streams = {kind: b"".join(frame.payload for frame in frames if frame.kind is kind) for kind in Kind}
-        report = streams[Kind.REPORT]
-        return Ran(evaluation_id, streams[Kind.STDOUT], streams[Kind.STDERR], orjson.loads(report) if report else {})
+        report = orjson.loads(streams[Kind.REPORT] or b"{}")
+        return Ran(
+            evaluation_id, streams[Kind.STDOUT], streams[Kind.STDERR], {**await self._killed(evaluation_id), **report}
+        )
+
+    async def _killed(self, evaluation_id: str) -> dict[str, Any]:
+        """What Kubernetes says of an end that no report tells of: only what the suite asks for."""
+        pod = await self._pod(evaluation_id)
+        states = (
+            [one["state"].get("terminated", {}) for one in pod["status"].get("containerStatuses", [])] if pod else []
+        )
+        return {"reason": "oom_killed"} if any(state.get("reason") == "OOMKilled" for state in states) else {}
 
     async def remove(self) -> None:
         """Delete what was made."""

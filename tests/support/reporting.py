@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.capabilities import capability, why_missing
+from tests.support.capabilities import capability, miss, missing_in, why_missing
 from tests.support.unit_tier import BUDGET_SECONDS
 
 TESTS = Path(__file__).parents[1]
@@ -68,20 +68,15 @@ class RunReport:
         for marker in item.iter_markers("needs"):
             for name in marker.args:
                 if reason := why_missing(name):
-                    self._miss(item, name, reason)
-
-    def _miss(self, item: pytest.Item, name: str, reason: str) -> None:
-        missing = capability(name)
-        if self._ci and missing.required_in_ci:
-            pytest.fail(f"CI must have {name!r}, but {reason}. To have it: {missing.how_to_run}", pytrace=False)
-        item.user_properties.append((MISSING, name))
-        pytest.skip(f"needs {name}: {reason}")
+                    miss(name, reason, ci=self._ci)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Turn a skip that names no capability into a failure, in CI."""
+        """Note in the report which capability a skip names; in CI, turn one that names none into a failure."""
         report = yield
-        if self._ci and _is_skip(report) and MISSING not in dict(report.user_properties):
+        if _is_skip(report) and (name := missing_in(_said(report))):
+            report.user_properties.append((MISSING, name))
+        elif self._ci and _is_skip(report):
             report.outcome = "failed"
             report.longrepr = (
                 f"skipped without naming a capability, which fails in CI: {INSTEAD} (it said: {_said(report)})"

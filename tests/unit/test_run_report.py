@@ -17,7 +17,12 @@ pytest_plugins = ["pytester"]
 
 SKIPS = """
     import pytest
-    from tests.support.capabilities import needs
+    from tests.support.capabilities import miss, needs
+
+    @pytest.fixture
+    def cupboard(): miss("optional", "there is no cupboard", ci=True)
+
+    def test_of_a_fixture(cupboard): raise AssertionError("ran")
 
     @needs("optional")
     def test_optional(): raise AssertionError("ran")
@@ -54,11 +59,14 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 def test_a_developers_run_skips_and_says_what_why_and_how_to_run_it(run: Callable[[bool], pytest.RunResult]):
     result = run(False)
-    result.assert_outcomes(passed=1, skipped=3, errors=1)
+    result.assert_outcomes(passed=1, skipped=4, errors=1)
     result.stdout.fnmatch_lines(
         [
             "a module may not skip itself: * (it said: not today)",
             "*= not run =*",
+            "1 skipped: needs optional: there is no cupboard",
+            "  to run: fill the cupboard",
+            "    *::test_of_a_fixture",
             "1 skipped: needs optional: the cupboard is bare",
             "  to run: fill the cupboard",
             "    *::test_optional",
@@ -71,7 +79,7 @@ def test_a_developers_run_skips_and_says_what_why_and_how_to_run_it(run: Callabl
 
 def test_ci_fails_skips_that_name_no_capability_and_capabilities_it_must_have(run: Callable[[bool], pytest.RunResult]):
     result = run(True)
-    result.assert_outcomes(passed=1, skipped=1, errors=3)
+    result.assert_outcomes(passed=1, skipped=2, errors=3)
     result.stdout.fnmatch_lines(
         [
             "CI must have 'vital', but the pump is broken. To have it: mend the pump",

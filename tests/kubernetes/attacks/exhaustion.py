@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,7 +11,10 @@ from tests.kubernetes.attacks.trying import Facts, RefusedError, attack
 
 PROCESSES = 200
 DESCRIPTORS = 5000
-SPIN_SECONDS = 2.0
+FILE_BYTES = 8 * 1024 * 1024
+BLOCK_BYTES = 1024 * 1024
+MEMORY_BLOCKS = 300
+SPINNERS, SPIN_SECONDS = 8, 12.0
 
 
 @attack
@@ -60,17 +64,45 @@ def higher_limits(facts: Facts) -> str:
     return ", ".join(raised)
 
 
-def spin(seconds: float = SPIN_SECONDS, processes: int = 2) -> int:
-    """Compute in some processes at once, and return how much was done."""
-    readers = []
-    for _ in range(processes):
-        reading, writing = os.pipe()
-        if os.fork() == 0:
-            done, until = 0, time.monotonic() + seconds
+@attack
+def scratch_space(facts: Facts) -> str:
+    """Fill the scratch space with many files, each of a size that is allowed."""
+    written = 0
+    paths = [f"/tmp/many-{os.getpid()}-{number}" for number in range(facts["tmp_bytes"] // FILE_BYTES + 2)]
+    try:
+        for path in paths:
+            with open(path, "wb", buffering=0) as file:
+                written += file.write(bytes(FILE_BYTES))
+    finally:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    if written <= facts["tmp_bytes"]:
+        raise RefusedError(f"only {written} bytes were taken")
+    return f"wrote {written} bytes"
+
+
+@attack
+def more_memory(facts: Facts) -> str:
+    """Take more memory than there is; in an evaluation that ends it, so it is tried in one of its own."""
+    taken = []
+    while len(taken) < MEMORY_BLOCKS:
+        taken.append(os.urandom(BLOCK_BYTES))
+    return f"took {len(taken)} MiB"
+
+
+def spin() -> None:
+    """Use all processors for some seconds, in more processes than there are processors."""
+    print("spinning", flush=True)
+    children = []
+    for _ in range(SPINNERS):
+        child = os.fork()
+        if child == 0:
+            until = time.monotonic() + SPIN_SECONDS
             while time.monotonic() < until:
-                done += sum(range(1000)) > 0
-            os.write(writing, str(done).encode())
+                sum(range(1000))
             os._exit(0)
-        os.close(writing)
-        readers.append(reading)
-    return sum(int(os.read(reading, 100)) for reading in readers)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    print("done", flush=True)
