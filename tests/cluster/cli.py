@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 NODE_COMMANDS: dict[str, tuple[str, Callable[[Cluster, str], None]]] = {
-    "power-cut": ("end everything on a node at once; its disk stays", Cluster.power_cut),
-    "revive": ("switch a node on again", Cluster.revive),
-    "cut": ("pull a node's network cable", Cluster.cut),
-    "heal": ("plug it in again", Cluster.heal),
+    "power-cut": (
+        "end everything on a node at once; its disk stays",
+        lambda cluster, name: cluster.power_cut(name),
+    ),
+    "revive": ("switch a node on again", lambda cluster, name: cluster.revive(name)),
+    "cut": ("pull a node's network cable", lambda cluster, name: cluster.cut(name)),
+    "heal": ("plug it in again", lambda cluster, name: cluster.heal(name)),
 }
 ZONE_COMMANDS: dict[str, tuple[str, Callable[[Cluster, str], None]]] = {
-    "cut-zone": ("cut a zone off from all others", Cluster.cut_zone),
-    "heal-zone": ("undo that", Cluster.heal_zone),
+    "cut-zone": ("cut a zone off from all others", lambda cluster, name: cluster.cut_zone(name)),
+    "heal-zone": ("undo that", lambda cluster, name: cluster.heal_zone(name)),
 }
 
 

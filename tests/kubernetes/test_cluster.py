@@ -194,7 +194,7 @@ def test_the_control_plane_comes_back_with_everything_that_it_knew(cluster: Clus
         node.revive()
 
     def knows() -> bool:
-        return "runc" in in_namespace(cluster, "get", "pod", "runc", "-o", "name")
+        return NAMESPACE in cluster.kubectl("get", "namespace", NAMESPACE, "-o", "name", check=False)
 
     wait_until(knows, timeout=60, describe="the API server to answer again")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 import yaml
 
-from tests.cluster import ClusterError, UnsupportedHereError, choice, machine, node, open_cluster
+from tests.cluster import Cluster, ClusterError, UnsupportedHereError, choice, cli, machine, node, open_cluster
 from tests.cluster.cgroups import V1_CONTROLLERS, V2_CONTROLLERS, Cgroup, why_unusable
 from tests.cluster.external import ExternalCluster
 from tests.cluster.namespaces import MANIFESTS, RUNTIME_CLASS
@@ -151,3 +152,13 @@ def test_a_cluster_that_kubeconfig_names_says_what_it_cannot_do(monkeypatch: pyt
     # What `up` says to export is still the cluster that it made.
     monkeypatch.setenv("KUBECONFIG", str(Home("x").kubeconfig))
     assert not isinstance(open_cluster("x"), ExternalCluster)
+
+
+@pytest.mark.parametrize("command", ["power-cut", "revive", "cut", "heal", "cut-zone", "heal-zone"])
+def test_each_command_does_to_the_cluster_what_it_is_called(monkeypatch: pytest.MonkeyPatch, command: str):
+    cluster = Mock(spec=Cluster)
+    monkeypatch.setattr(cli, "open_cluster", lambda: cluster)
+    # Signals are the process's own, which here is the run of the tests.
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    assert cli.main([command, "x"]) == 0
+    assert cluster.method_calls == [getattr(call, command.replace("-", "_"))("x")]
