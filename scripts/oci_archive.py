@@ -2,9 +2,9 @@
 
     oci_archive.py NAME LAYOUT ARCHIVE
 
-LAYOUT is a folder as `buildah push oci:` or an unpacked `docker save` leaves it. ARCHIVE is written with the names
+LAYOUT is a folder as `buildah push dir:` or an unpacked `docker save` leaves it. ARCHIVE is written with the names
 `crucible.local/NAME:dev` and `crucible.local/NAME@sha256:...`, which containerd takes over when it imports it: there need be no
-registry for a Pod to name its image by digest. One line is printed: name, reference by digest, bytes unpacked, archive.
+registry for a Pod to name its image by digest. Printed are the name, the reference by digest, and the bytes unpacked.
 """
 
 from __future__ import annotations
@@ -31,6 +31,20 @@ def blob(layout: Path, digest: str) -> Path:
     """Return the file of a digest."""
     algorithm, _, value = digest.partition(":")
     return layout / "blobs" / algorithm / value
+
+
+def adopt_directory(layout: Path) -> None:
+    """Make of what `buildah push dir:` writes, which is the only way to keep its layers as they are, an OCI layout."""
+    blobs = layout / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    for path in layout.iterdir():
+        if len(path.name) == hashlib.sha256().digest_size * 2:
+            path.rename(blobs / path.name)
+    manifest = (layout / "manifest.json").read_bytes()
+    digest = hashlib.sha256(manifest).hexdigest()
+    (blobs / digest).write_bytes(manifest)
+    descriptor = {"mediaType": json.loads(manifest)["mediaType"], "digest": f"sha256:{digest}", "size": len(manifest)}
+    (layout / "index.json").write_text(json.dumps({"manifests": [descriptor]}))
 
 
 def image_descriptor(layout: Path, index: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +101,9 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def main(name: str, layout: Path, archive: Path) -> None:
-    """Write the archive and print the image's line."""
+    """Write the archive and print the beginning of the image's line."""
+    if not (layout / "index.json").exists():
+        adopt_directory(layout)
     descriptor = image_descriptor(layout, json.loads((layout / "index.json").read_bytes()))
     content = blob(layout, descriptor["digest"]).read_bytes()
     if "sha256:" + hashlib.sha256(content).hexdigest() != descriptor["digest"]:
