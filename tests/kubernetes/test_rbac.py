@@ -35,7 +35,8 @@ def rights(group: str, resource: str, verbs: str) -> set[Right]:
 
 
 READ = "get list watch"
-NODES = rights("", "nodes", READ)
+FOLLOW = "list watch"
+NODES = rights("", "nodes", FOLLOW)
 WATCHER = rights("batch", "jobs", f"{READ} patch") | rights("", "pods", f"{READ} patch") | rights("", "pods/log", "get")
 CALICO = "crd.projectcalico.org"
 CALICO_POLICIES = ["globalnetworkpolicies", "networkpolicies", "globalnetworksets", "networksets"]
@@ -45,7 +46,7 @@ CLUSTER: dict[str, set[Right]] = {
     "api": set(),
     "storage": set(),
     "worker": set(),
-    "dispatcher": NODES | rights("node.k8s.io", "runtimeclasses", READ),
+    "dispatcher": NODES | rights("node.k8s.io", "runtimeclasses", "get"),
     "monitor": NODES,
     "cleanup": NODES,
     "policies": {
@@ -62,13 +63,13 @@ NAMESPACED: dict[tuple[str, str], set[Right]] = {
     ("dispatcher", EVALUATIONS): rights("crucible.dev", "sandboxes", "create")
     | rights("batch", "jobs", f"create {READ} patch")
     | rights("", "configmaps", "create get patch")
-    | rights("", "pods", f"{READ} delete")
-    | rights("", "resourcequotas", READ),
+    | rights("", "pods", f"{FOLLOW} delete")
+    | rights("", "resourcequotas", FOLLOW),
     ("monitor", EVALUATIONS): WATCHER,
     ("monitor", PLATFORM): rights("coordination.k8s.io", "leases", f"create {READ} patch delete"),
-    ("cleanup", EVALUATIONS): rights("batch", "jobs", f"{READ} delete")
-    | rights("", "pods", f"{READ} patch delete")
-    | rights("", "configmaps", f"{READ} delete"),
+    ("cleanup", EVALUATIONS): rights("batch", "jobs", f"{FOLLOW} delete")
+    | rights("", "pods", f"{FOLLOW} patch delete")
+    | rights("", "configmaps", "list delete"),
 }
 SERVICES = [service for service in CLUSTER if service not in {"evaluation", "default"}]
 IDENTITIES = {
