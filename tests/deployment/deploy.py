@@ -26,6 +26,7 @@ _PART_OF = "app.kubernetes.io/part-of=crucible"
 _SETUP = "crucible-setup"
 # What runs; all else is there before it.
 _RUNS = {"Deployment", "StatefulSet", "Job"}
+_FIRST = {"StatefulSet", "Job"}
 _ANSWER_SECONDS = 30
 
 
@@ -56,10 +57,14 @@ def deploy(target: Target, *, timeout: float = 600.0, say: Callable[[str], None]
     target.apply([found for found in objects if found["kind"] not in _RUNS])
     say("Calico's policies")
     _apply_calico(target)
-    say("workloads")
+    say("servers")
     namespace = f"--namespace={PLATFORM_NAMESPACE}"
     target.call("delete", "job", _SETUP, namespace, "--ignore-not-found", "--cascade=foreground")
-    target.apply([found for found in objects if found["kind"] in _RUNS])
+    target.apply([found for found in objects if found["kind"] in _FIRST])
+    # Storage ends where it finds no database, and is started again with growing pauses: it is quicker to wait here.
+    _wait_for_database(target, timeout)
+    say("services")
+    target.apply([found for found in objects if found["kind"] in _RUNS - _FIRST])
     left = timeout - (time.monotonic() - started)
     wait_for_workloads(target, seconds=max(left, 1.0), say=say)
     return find_deployed(target)
@@ -103,6 +108,14 @@ def _check_nodes(target: Target) -> None:
 def _apply_calico(target: Target) -> None:
     with target.environment() as environment:
         run([str(images.ROOT / "scripts" / "policies"), "apply"], environment=environment)
+
+
+def _wait_for_database(target: Target, seconds: float) -> None:
+    where = (f"--namespace={PLATFORM_NAMESPACE}", f"--timeout={seconds:.0f}s")
+    try:
+        target.call("rollout", "status", "statefulset/postgres", *where)
+    except DeployError as error:
+        raise DeployError(f"{error}\n{diagnosis(target)}") from None
 
 
 def _check_answers(target: Target, deployed: Deployed) -> None:
