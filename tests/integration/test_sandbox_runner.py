@@ -85,6 +85,20 @@ def test_on_its_own_standard_output_as_lines_with_its_input_from_a_file(tmp_path
     assert (decoder.pending, decoder.strays, done.stderr) == (0, "", b"")
 
 
+def test_many_small_pieces_of_output_do_not_take_more_of_a_log_than_it_may_hold(tmp_path: Path) -> None:
+    code = tmp_path / "main.py"
+    code.write_text("import os\nwhile True:\n    os.write(1, b'a')\n    os.write(2, b'b')")
+    command = [sys.executable, "-I", "-S", "-B", "-u", run.__file__, "frames=1", "encoding=lines", "log_bytes=200000"]
+    done = subprocess.run(
+        [*command, f"code={code}", *LIMITS], stdin=subprocess.DEVNULL, capture_output=True, check=True
+    )
+    told = list(LineDecoder().feed(done.stdout))
+
+    assert report_of(told).status is RunnerStatus.OUTPUT_LIMIT
+    assert "small pieces" in (report_of(told).detail or "")
+    assert len(done.stdout) + 45 * len(told) < 200_000 + 70_000, "what was in the pipes may still come"
+
+
 def test_when_no_one_listens_any_more_everything_ends(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     source = "import os, time\nos.fork()\nprint('up', flush=True)\ntime.sleep(600)"

@@ -575,17 +575,3 @@ async def test_what_the_code_may_write_is_bounded(bench: Bench) -> None:
     for path in ("/tmp/x", "/dev/shm/x", "/dev/termination-log"):
         assert told[path][0] <= 64, path
     assert (told["/x"][0], told["/code/main.py"][0]) == (0, 0)
-
-
-async def test_many_small_pieces_of_output_do_not_fill_the_nodes_disk(bench: Bench) -> None:
-    limits = Limits(output_bytes=256 * 1024)
-    async with KubernetesApi.from_settings(bench.settings) as api, serving(api, bench.settings, limits) as (_, client):
-        evaluation_id = new_id()
-        # 64 bytes of log for each byte of output.
-        code = "import os\nwhile True:\n    os.write(1, b'a')\n    os.write(2, b'b')"
-        await client.create(evaluation_id, bench.request(code, timeout_seconds=60))
-        pod = await bench.ended(evaluation_id, seconds=90)
-        frames = await bench.frames(pod["metadata"]["name"])
-    await bench.collect(evaluation_id)
-    report = RunnerReport.model_validate_json(frames[-1].payload)
-    assert report.status == "output_limit"
