@@ -14,7 +14,7 @@ from tests.cluster.errors import ClusterError
 
 REPOSITORY = Path(__file__).parents[2]
 TOOLS_SCRIPT = REPOSITORY / "scripts" / "cluster-tools"
-# A cold build takes about ten minutes of two processors.
+# A cold build takes about fifteen minutes of two processors.
 BUILD_SECONDS = 3600
 # Each kubelet, containerd and controller needs some; the kernel's 128 for a user are too few for a cluster.
 _INOTIFY_INSTANCES = Path("/proc/sys/fs/inotify/max_user_instances")
