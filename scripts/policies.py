@@ -31,6 +31,7 @@ WRITER = "system:serviceaccount:crucible:policies"
 # Nobody: no role is bound to it.
 CHECKER = "crucible:policy-checker"
 OURS = "crucible-"
+QUARANTINE_POLICY = "crucible-quarantine"
 LABEL = "crucible.dev/quarantine"
 NODE_NAMESPACE = "crucible-node"
 KIND = "globalnetworkpolicy"
@@ -197,8 +198,11 @@ def quarantine(namespace: str, pod: str, image: str) -> None:
     Raises:
         PolicyError: the policy is not in force, the Pod does not run, or connections are left.
     """
+    wanted = load(POLICIES)[QUARANTINE_POLICY]
     with _calico() as calico:
-        compare(calico, load(POLICIES))
+        found = calico.all().get(QUARANTINE_POLICY)
+    if found is None or differs(wanted["spec"], found["spec"]):
+        raise PolicyError(f"{QUARANTINE_POLICY} is not in the cluster as its file says: scripts/policies apply")
     _kubectl("label", "pod", "--namespace", namespace, pod, f"{LABEL}=true", "--overwrite")
     found = json.loads(_kubectl("get", "pod", "--namespace", namespace, pod, "-o", "json"))
     addresses = [entry["ip"] for entry in found["status"].get("podIPs", [])]

@@ -166,7 +166,8 @@ def in_namespace(name: str, namespace: str, to: str) -> dict[str, Any]:
     """Return one of Calico's policies, for a namespace of the test's own."""
     text = (CALICO / f"{name}.yaml").read_text(encoding="utf-8")
     document = yaml.safe_load(text.replace(f"'{namespace}'", f"'{to}'"))
-    document["metadata"]["name"] += f"-{to}"
+    # Not with our prefix: what has it must be in a file.
+    document["metadata"]["name"] = f"{to}-{name}"
     return dict(document)
 
 
@@ -307,8 +308,8 @@ def matrix(guarded_cluster: Cluster, runner_image: str) -> Iterator[tuple[dict[s
         wait_until(closed, timeout=30, describe="the policies to be in force")
         yield before, ask_all(cluster, targets)
     finally:
-        for name in ("crucible-api-server", "crucible-metadata-address"):
-            drop(cluster, f"{name}-{PLATFORM}")
+        for name in ("api-server", "metadata-address"):
+            drop(cluster, f"{PLATFORM}-{name}")
         cluster.kubectl("delete", "namespace", PLATFORM, OUTSIDE, MONITORING, "--wait=false", "--ignore-not-found")
 
 
@@ -381,7 +382,7 @@ def pair(guarded_cluster: Cluster, runner_image: str) -> Iterator[tuple[Cluster,
         where = addresses(cluster, *((SECOND, place.name) for place in places))
         yield cluster, f"{where[SECOND, 'suspect']}:8080", f"{where[SECOND, 'neighbour']}:8080"
     finally:
-        drop(cluster, f"crucible-evaluations-{SECOND}")
+        drop(cluster, f"{SECOND}-evaluations")
         cluster.kubectl("delete", "namespace", SECOND, "--wait=false", "--ignore-not-found")
 
 
