@@ -12,7 +12,9 @@ import base64
 import copy
 import inspect
 import json
+import os
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,9 +50,11 @@ from tests.support.isolation import (
     job_evaluations,
     log_of,
     place_of,
+    platform_evaluations,
     run,
     until_log,
 )
+from tests.support.platform import connect
 from tests.support.policies import allow_image, apply_policies, make_objects, pod_of, run_script
 from tests.support.waits import wait_until_async
 
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from tests.cluster import Cluster
+    from tests.support.deployed import DeployedPlatform
 
 pytestmark = [pytest.mark.cluster, pytest.mark.network_isolation, pytest.mark.asyncio(loop_scope="module")]
 
@@ -281,19 +286,28 @@ def control_plane_of(nodes: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stage(
-    cluster: Cluster, runner_image: str, enforced_policies: None, real_gvisor: None
+    cluster: Cluster, runner_image: str, enforced_policies: None, real_gvisor: None, request: pytest.FixtureRequest
 ) -> AsyncIterator[Stage]:
-    """A cluster with the policies in force, and everything that there is to attack."""
-    await asyncio.to_thread(prepare, cluster, runner_image)
-    async with KubernetesApi(from_kubeconfig(cluster.kubeconfig)) as api:
-        settings = KubernetesSettings(images={"python": runner_image})
-        async with job_evaluations(api, settings) as evaluations:
-            made = Stage(api, cluster, runner_image, evaluations)
-            await made.build()
-            try:
-                yield made
-            finally:
-                await made.kubectl("delete", "namespace", CONTROL, "--wait=false")
+    """A cluster with the policies in force, and everything that there is to attack.
+
+    Evaluations are the Jobs that the dispatcher makes, made here; with CRUCIBLE_PLATFORM_REUSE=1 they are submitted to the platform that is
+    deployed there.
+    """
+    async with AsyncExitStack() as stack:
+        api = await stack.enter_async_context(KubernetesApi(from_kubeconfig(cluster.kubeconfig)))
+        evaluations: Evaluations
+        if os.environ.get("CRUCIBLE_PLATFORM_REUSE"):
+            platform: DeployedPlatform = request.getfixturevalue("platform")
+            client = await stack.enter_async_context(connect(platform.url, platform.api_key))
+            evaluations = await stack.enter_async_context(platform_evaluations(client, api))
+        else:
+            await asyncio.to_thread(prepare, cluster, runner_image)
+            settings = KubernetesSettings(images={"python": runner_image})
+            evaluations = await stack.enter_async_context(job_evaluations(api, settings))
+        made = Stage(api, cluster, runner_image, evaluations)
+        stack.push_async_callback(made.kubectl, "delete", "namespace", CONTROL, "--ignore-not-found", "--wait=false")
+        await made.build()
+        yield made
 
 
 def prepare(cluster: Cluster, image: str) -> None:

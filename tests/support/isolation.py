@@ -212,12 +212,14 @@ class PlatformEvaluations:
     def __init__(self, client: Client, api: KubernetesApi, namespace: str = names.EVALUATION_NAMESPACE) -> None:
         self._client = client
         self._inside = JobEvaluations(api, KubernetesSettings(namespace=namespace))
+        self._running: set[str] = set()
 
     async def begin(self, code: str, *, stdin: str = "", seconds: int = 60, memory: int = 256 * MIB) -> str:
         """Submit."""
         submitted = await self._client.submit(
             code, stdin=stdin, timeout_seconds=seconds, memory_limit=f"{memory // MIB}Mi", cpu_limit="500m"
         )
+        self._running.add(submitted["id"])
         return str(submitted["id"])
 
     async def place(self, evaluation_id: str) -> Place:
@@ -231,12 +233,27 @@ class PlatformEvaluations:
     async def end(self, evaluation_id: str) -> Ran:
         """Wait as long as the cluster deserves."""
         view = (await wait_for(self._client, evaluation_id)).result
+        self._running.discard(evaluation_id)
         return Ran(
             evaluation_id,
             await self._client.output(evaluation_id),
             await self._client.output(evaluation_id, "stderr"),
             view,
         )
+
+    async def remove(self) -> None:
+        """Cancel what still runs; the platform removes everything itself."""
+        for evaluation_id in self._running:
+            await self._client.http.post(f"/v1/evaluations/{evaluation_id}/cancel")
+
+
+@asynccontextmanager
+async def platform_evaluations(client: Client, api: KubernetesApi) -> AsyncIterator[PlatformEvaluations]:
+    """Submit evaluations for as long as the context is open."""
+    async with AsyncExitStack() as stack:
+        evaluations = PlatformEvaluations(client, api)
+        stack.push_async_callback(evaluations.remove)
+        yield evaluations
 
 
 @asynccontextmanager

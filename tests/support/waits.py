@@ -36,6 +36,7 @@ LOOK_SECONDS = 15.0
 RECONNECT_SECONDS = 0.5
 # How long a simple wait for an evaluation lasts.
 SIMPLE_SECONDS = 30.0
+BASELINE_LIMIT_SECONDS = 60.0
 
 
 class WaitTimeoutError(AssertionError):
@@ -299,9 +300,21 @@ async def wait_for(
 
 
 async def _judge(client: Client, limit: float | None) -> Patience:
-    response = await client.http.get("/v1/capacity")
-    cluster = Cluster.from_capacity(response.json()) if response.status_code == httpx.codes.OK else None
+    cluster = await _capacity(client)
     return Patience(cluster) if limit is None else Patience(cluster, limit_seconds=limit)
+
+
+async def _capacity(client: Client) -> Cluster | None:
+    response = await client.http.get("/v1/capacity")
+    return Cluster.from_capacity(response.json()) if response.status_code == httpx.codes.OK else None
+
+
+async def calibrated(client: Client, *, clock: Callable[[], float] = time.monotonic) -> Patience:
+    """Run a trivial evaluation, and return the patience that a cluster deserves which takes as long for it as this one just did."""
+    started = clock()
+    submitted = await client.submit("print('baseline')")
+    await wait_for(client, submitted["id"], simple=True, seconds=BASELINE_LIMIT_SECONDS, clock=clock)
+    return Patience(await _capacity(client), baseline_seconds=clock() - started)
 
 
 async def _wait_for(

@@ -22,7 +22,7 @@ from tests.support.patience import (
     profile_for,
 )
 from tests.support.platform import Client
-from tests.support.waits import WaitTimeoutError, wait_for
+from tests.support.waits import WaitTimeoutError, calibrated, wait_for
 
 pytestmark = pytest.mark.unit
 
@@ -156,10 +156,14 @@ class Scene:
             ended = {"evaluation_id": "ev-1"}
             self.now = 5.0
             return httpx.Response(200, text=f"id: x\n\nevent: completed\ndata: {json.dumps(ended)}\n\n")
+        if request.method == "POST":
+            return httpx.Response(201, json={"id": "ev-1"})
         one = request.url.path.split("/")[3]
         if request.url.path.endswith("/events"):
             return httpx.Response(200, json={"events": [{"type": "completed", "at": "2026-01-01T00:00:00Z"}]})
         self.asked.append(one)
+        # A long poll that is answered when its time is over.
+        self.now += float(request.url.params.get("wait", 0))
         ended = self.now >= self._ends[one]
         return httpx.Response(200, json={"id": one, "state": "completed" if ended else "running"})
 
@@ -219,3 +223,11 @@ async def test_the_event_stream_ends_a_wait_and_the_capacity_decides_how_long_it
     scene = Scene({"ev-1": 5})
     result = await wait_for(scene.client, "ev-1", clock=scene.clock)
     assert (result.status, result.timeline[0].type) == ("completed", "completed")
+
+
+async def test_calibration_measures_a_trivial_evaluation_and_judges_the_cluster_by_it() -> None:
+    scene = Scene({"ev-1": 6})
+    slow = await calibrated(scene.client, clock=scene.clock)
+    # The long poll was answered after 20 s, far beyond the 3 s that it should take.
+    assert slow.slowness == 3
+    assert slow.budget(10) == 60

@@ -44,7 +44,10 @@ def test_every_threat_has_all_its_cells_and_a_test() -> None:
 
 def test_every_test_that_is_named_exists() -> None:
     missing = [
-        f"{file}::{name}" for row in rows() for file, name, _ in NAMED.findall(row[-1]) if name not in functions_of(file)
+        f"{file}::{name}"
+        for row in rows()
+        for file, name, _ in NAMED.findall(row[-1])
+        if name not in functions_of(file)
     ]
     assert missing == []
 
