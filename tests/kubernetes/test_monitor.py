@@ -156,7 +156,7 @@ async def said(bench: WatchedCluster, evaluation_id: str, words: bytes) -> None:
     async def heard() -> bool:
         return words in (await bench.client.output(evaluation_id, "stdout"))[0]
 
-    await wait_until_async(heard, timeout=30, describe=f"{words!r} of {evaluation_id}", poll=0.1)
+    await wait_until_async(heard, timeout=90, describe=f"{words!r} of {evaluation_id}", poll=0.1)
 
 
 LINGER = "import time\nprint('before', flush=True)\ntime.sleep(600)\n"
@@ -348,7 +348,7 @@ async def test_100_megabytes_arrive_whole_and_in_order(bench: WatchedCluster) ->
 
 
 async def test_when_the_leader_is_killed_another_leads_and_nothing_is_lost_or_doubled(bench: WatchedCluster) -> None:
-    ids = [await bench.run(counting(120, 12), timeout_seconds=60, cpu_limit="200m") for _ in range(6)]
+    ids = [await bench.run(counting(120, 12), timeout_seconds=60, cpu_limit="500m") for _ in range(4)]
     await asyncio.gather(*(said(bench, each, b"line 10\n") for each in ids))
     await wait_until_async(lambda: bench.leader is not None, timeout=60, describe="one to lead", poll=0.2)
     leader = bench.leader
@@ -424,7 +424,7 @@ async def test_the_job_of_a_void_attempt_is_given_back(bench: WatchedCluster) ->
 
 async def test_the_dispatchers_watch_where_the_monitor_is_not_used_and_back(bench: WatchedCluster) -> None:
     """Turned off and on with evaluations running: for a moment both kinds watch, then one, then both, then the other."""
-    ids = [await bench.run(counting(200, 20), timeout_seconds=90, cpu_limit="200m") for _ in range(4)]
+    ids = [await bench.run(counting(200, 20), timeout_seconds=90, cpu_limit="500m") for _ in range(4)]
     await asyncio.gather(*(said(bench, each, b"line 0\n") for each in ids))
     fallback = bench.make_monitor(
         "dispatcher", CRUCIBLE_DISPATCHER__RUNTIME="kubernetes", CRUCIBLE_DISPATCHER__USE_MONITORING_SERVICE="false"
@@ -453,7 +453,7 @@ async def test_the_dispatchers_watch_where_the_monitor_is_not_used_and_back(benc
 
 
 async def test_an_api_server_that_is_silent_delays_and_loses_nothing(bench: WatchedCluster) -> None:
-    ids = [await bench.run(counting(60, 6), timeout_seconds=60, cpu_limit="200m") for _ in range(3)]
+    ids = [await bench.run(counting(60, 6), timeout_seconds=60, cpu_limit="500m") for _ in range(3)]
     await asyncio.gather(*(said(bench, each, b"line 0\n") for each in ids))
     bench.cluster.pause_api_server()
     try:

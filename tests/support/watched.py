@@ -239,7 +239,7 @@ class WatchedCluster:
     async def _is(self, evaluation_id: str, state: State) -> bool:
         return await self.state(evaluation_id) is state
 
-    async def ended(self, evaluation_id: str, seconds: float = 60) -> c.EvaluationRecord:
+    async def ended(self, evaluation_id: str, seconds: float = 90) -> c.EvaluationRecord:
         """Wait until it has ended for good."""
         found: c.EvaluationRecord | None = None
 
