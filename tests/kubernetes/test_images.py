@@ -115,13 +115,15 @@ def test_an_image_does_not_run_as_root(name: str):
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_no_file_lends_anyone_another_s_rights_and_only_the_scratch_folders_are_open_to_all(name: str):
+def test_no_file_lends_rights_or_is_a_device_and_only_scratch_folders_are_open_to_all(name: str):
     files = contents(name).files
+    assert not [path for path, file in files.items() if file.isdev()]
     assert not [path for path, file in files.items() if not file.issym() and file.mode & (stat.S_ISUID | stat.S_ISGID)]
     assert {path for path, file in files.items() if not file.issym() and file.mode & stat.S_IWOTH} <= {
         "/tmp",
         "/var/tmp",
         "/run/lock",
+        "/var/lock",
     }
 
 
