@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.cluster import machine
 from tests.cluster.base import Cluster, say_nothing
-from tests.cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,12 +34,7 @@ class ExternalCluster(Cluster):
     @property
     def kubectl_program(self) -> str:
         """The kubectl of this machine."""
-        found = shutil.which("kubectl")
-        if found is None:
-            raise ClusterError(
-                "there is no kubectl on this machine, which a cluster that KUBECONFIG names takes: install it"
-            )
-        return found
+        return machine.kubectl()
 
     def import_image(self, file: Path) -> None:
         """Raise, always."""

@@ -9,9 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.cluster import machine
 from tests.cluster.base import Cluster, say_nothing
-from tests.cluster.errors import ClusterError
-from tests.cluster.machine import calico_manifest
 from tests.cluster.processes import run
 from tests.cluster.state import cache_folder
 
@@ -63,7 +62,7 @@ class KindCluster(Cluster):
                 ]
             )
             say("Calico")
-            self.kubectl("apply", "--server-side", "-f", str(calico_manifest()))
+            self.kubectl("apply", "--server-side", "-f", str(machine.calico_manifest()))
             # Its default closes only IPv4: a Pod would still reach its own node over the link-local address of IPv6.
             self.kubectl("-n", "kube-system", "set", "env", "daemonset/calico-node", "FELIX_IPV6SUPPORT=true")
             self.kubectl("wait", "--for=condition=Ready", "nodes", "--all", "--timeout=300s")
@@ -85,10 +84,7 @@ class KindCluster(Cluster):
     @property
     def kubectl_program(self) -> str:
         """The kubectl of this machine."""
-        found = shutil.which("kubectl")
-        if found is None:
-            raise ClusterError("there is no kubectl on this machine, which kind does not bring: install it")
-        return found
+        return machine.kubectl()
 
     def _container(self, name: str) -> str:
         return f"{self.name}-{_SUFFIXES.get(name, name)}"

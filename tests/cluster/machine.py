@@ -91,6 +91,18 @@ def _run_tools_script(*arguments: str) -> Path:
     return Path(done.stdout.strip())
 
 
+def kubectl() -> str:
+    """Return the kubectl of this machine, for clusters that bring none.
+
+    Raises:
+        ClusterError: there is none.
+    """
+    found = shutil.which("kubectl")
+    if found is None:
+        raise ClusterError("there is no kubectl on this machine, and this kind of cluster brings none: install it")
+    return found
+
+
 def raise_inotify_limit() -> None:
     """Let root watch more files, as kind's users are told to; a machine that allows more keeps what it has."""
     if int(_INOTIFY_INSTANCES.read_text(encoding="ascii")) < INOTIFY_INSTANCES:
