@@ -6,6 +6,7 @@ remembered on this machine: what was made before is found in the cluster, so eve
 
 from tests.deployment.deploy import Deployed, deploy, find_deployed, remove
 from tests.deployment.errors import DeployError
+from tests.deployment.images import Image, build
 from tests.deployment.target import Target, find_target
 
-__all__ = ["DeployError", "Deployed", "Target", "deploy", "find_deployed", "find_target", "remove"]
+__all__ = ["DeployError", "Deployed", "Image", "Target", "build", "deploy", "find_deployed", "find_target", "remove"]

@@ -18,7 +18,9 @@ from tests.deployment.target import Target, run
 from tests.support.waits import WaitTimeoutError, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from tests.deployment.images import Image
 
 Object = dict[str, Any]
 
@@ -38,8 +40,14 @@ class Deployed:
     api_key: str
 
 
-def deploy(target: Target, *, timeout: float = 600.0, say: Callable[[str], None] = lambda _: None) -> Deployed:
-    """Put the platform of this checkout on a cluster, or bring the one that is there to it.
+def deploy(
+    target: Target,
+    *,
+    built: Sequence[Image] | None = None,
+    timeout: float = 600.0,
+    say: Callable[[str], None] = lambda _: None,
+) -> Deployed:
+    """Put the platform of this checkout on a cluster, or bring the one that is there to it; `built` are its images if they are known.
 
     Raises:
         DeployError: it cannot be done, or does not come up in time.
@@ -47,7 +55,7 @@ def deploy(target: Target, *, timeout: float = 600.0, say: Callable[[str], None]
     started = time.monotonic()
     _check_nodes(target)
     say("images")
-    built = images.build()
+    built = built or images.build()
     target.take(built)
     say("objects")
     objects = manifests.build(target.kubectl, built, target.registry)

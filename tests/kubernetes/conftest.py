@@ -82,12 +82,13 @@ def platform(cluster: Cluster) -> DeployedPlatform:
 
     With CRUCIBLE_PLATFORM_REUSE=1 what is deployed is used as it is, where there is something.
     """
-    from tests.deployment import deploy, find_deployed, find_target
+    from tests.deployment import build, deploy, find_deployed, find_target
     from tests.support.deployed import DeployedPlatform
 
-    target = find_target(cluster=cluster)
-    deployed = find_deployed(target) if os.environ.get("CRUCIBLE_PLATFORM_REUSE") else deploy(target)
-    return DeployedPlatform(cluster, deployed.url, deployed.api_key)
+    target, images = find_target(cluster=cluster), build()
+    reuse = os.environ.get("CRUCIBLE_PLATFORM_REUSE")
+    deployed = find_deployed(target) if reuse else deploy(target, built=images)
+    return DeployedPlatform(cluster, deployed.url, deployed.api_key, images)
 
 
 @pytest.fixture

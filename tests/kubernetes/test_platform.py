@@ -178,6 +178,6 @@ def test_deploying_again_keeps_every_secret_and_every_pod(platform: DeployedPlat
         return {found["metadata"]["name"]: found["data"] for found in platform.objects("secrets")}
 
     before = pods(), secrets()
-    again = deploy(find_target(cluster=platform.cluster))
+    again = deploy(find_target(cluster=platform.cluster), built=platform.images)
     assert (again.url, again.api_key) == (platform.url, platform.api_key)
     assert (pods(), secrets()) == before

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tests.cluster import Cluster
+    from tests.deployment import Image
 
 _NAMESPACE = f"--namespace={PLATFORM_NAMESPACE}"
 TERMINAL = {"completed", "failed", "timeout", "cancelled"}
-# A connection may be to a replica that has just gone; the client opens another.
-PASSING = (httpx.TransportError,)
 
 
 class DeployedPlatform:
     """Its API, with an administrator's key, and kubectl on its namespace."""
 
-    def __init__(self, cluster: Cluster, url: str, api_key: str) -> None:
+    def __init__(self, cluster: Cluster, url: str, api_key: str, images: Sequence[Image]) -> None:
         self.cluster = cluster
+        self.images = images
         self.url = url
         self.api_key = api_key
         self.http = httpx.Client(
