@@ -6,7 +6,6 @@ import signal
 
 import pytest
 
-from tests.support.cluster_resources import CleanupLevel
 from tests.support.reporting import RunReport, in_ci
 
 
@@ -20,8 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--resource-cleanup",
-        choices=[level.value for level in CleanupLevel],
-        default=CleanupLevel.ALL.value,
+        # The levels of tests/support/cluster_resources.py, which takes long to import.
+        choices=["none", "pods", "all"],
+        default="all",
         help="what to remove of what tests made in a cluster: nothing, the Pods, or all; what failed tests made stays with --keep-failed",
     )
     group.addoption("--keep-failed", action="store_true", help="leave in the cluster what failed tests made there")

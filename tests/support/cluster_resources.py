@@ -19,6 +19,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
 from crucible import names
+from tests.support.policies import try_kubectl
+from tests.support.waits import WaitTimeoutError, wait_until
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -31,6 +33,7 @@ LABEL_TEST = f"{names.DOMAIN}/test-id"
 # In the order in which they are removed: first what would make the others anew.
 KINDS = ("deployments.apps", "daemonsets.apps", "jobs.batch", "pods", "services", "configmaps", "secrets")
 REAP_SECONDS = 30 * 60.0
+GONE_SECONDS = 60.0
 
 
 class CleanupLevel(StrEnum):
@@ -168,19 +171,23 @@ def remove(cluster: HasKubectl, namespace: str, going: list[Found]) -> None:
     for one in going:
         if names.FINALIZER_OUTPUT in one.finalizers:
             patch = json.dumps({"metadata": {"finalizers": None}})
-            where = ("--namespace", namespace, "--type=merge", "--patch", patch)
-            cluster.kubectl("patch", one.kind, one.name, *where, check=False)
+            how = ("--namespace", namespace, "--type=merge", "--patch", patch)
+            cluster.kubectl("patch", one.kind, one.name, *how, check=False)
     if not going:
         return
     words = [f"{one.kind}/{one.name}" for one in going]
-    cluster.kubectl(
-        *("delete", "--namespace", namespace, "--ignore-not-found", "--cascade=foreground", "--grace-period=1"),
-        *("--timeout=30s", *words),
-        check=False,
-    )
-    left = cluster.kubectl("get", "--namespace", namespace, "--ignore-not-found", "-o", "name", *words).split()
-    if left:
-        raise StillThereError(f"could not be removed from {namespace}: {', '.join(left)}")
+    where = ("--namespace", namespace, "--ignore-not-found")
+    _, said = try_kubectl(cluster, "delete", *where, "--cascade=foreground", "--grace-period=1", "--wait=false", *words)
+
+    def gone() -> bool:
+        return not cluster.kubectl("get", *where, "-o", "name", *words).split()
+
+    try:
+        # A Job's Pod waits for the Job controller, which takes its time over a Job that has failed.
+        wait_until(gone, timeout=GONE_SECONDS, poll=0.5, describe="everything to be gone")
+    except WaitTimeoutError:
+        left = cluster.kubectl("get", *where, "-o", "name", *words).split()
+        raise StillThereError(f"could not be removed from {namespace}: {', '.join(left)}; {said.strip()}") from None
 
 
 def reap(
