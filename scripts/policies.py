@@ -217,8 +217,8 @@ def quarantine(namespace: str, pod: str, image: str) -> None:
 def _cut(node: str, image: str, addresses: Sequence[str]) -> str:
     """Run the program that cuts connections as a Pod on a node, and return what it said."""
     _kubectl("apply", "-k", str(QUARANTINE))
-    container = {"name": "cut", "image": image, "args": ["/program/cut_connections.py", *addresses]}
-    patch = json.dumps({"spec": {"nodeName": node, "containers": [container]}})
+    filled = {"name": "cut", "image": image, "args": ["/program/cut_connections.py", *addresses]}
+    patch = json.dumps({"spec": {"nodeName": node, "containers": [filled]}})
     template = str(QUARANTINE / "cutter.yaml")
     pod = _kubectl("patch", "--local", "-f", template, "--type", "strategic", "-p", patch, "-o", "json")
     name = json.loads(_kubectl("create", "-f", "-", "-o", "json", stdin=pod))["metadata"]["name"]
@@ -233,7 +233,8 @@ def _cut(node: str, image: str, addresses: Sequence[str]) -> str:
         )
         ended = json.loads(_kubectl("get", "pod", *where, name, "-o", "json"))
         said = _kubectl("logs", *where, name).strip()
-        if ended["status"]["phase"] != "Succeeded":
+        (container,) = ended["status"]["containerStatuses"]
+        if container["state"]["terminated"]["exitCode"] != 0:
             raise PolicyError(f"closed off, but connections are left open: {said}")
         return said
     finally:
