@@ -24,7 +24,7 @@ from tests.cluster.processes import wait_for
 from tests.cluster.state import Home, NodeState, State, boot_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
 CONTROL_PLANE = "cp"
 # Each takes a few seconds on an idle machine.
@@ -37,14 +37,13 @@ _CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 _ROLES = {"calico-node", "calico-cni-plugin"}
 
 
-def _keep(file: Path, kept: Path) -> Path:
+def _keep(file: Path, kept: Path) -> None:
     """Have the file under another name too, for nodes that come when the first is gone."""
     try:
         kept.hardlink_to(file)
     except OSError:
         # Another file system.
         shutil.copy(file, kept)
-    return kept
 
 
 class NamespaceCluster(Cluster):
@@ -120,7 +119,7 @@ class NamespaceCluster(Cluster):
         self._apply_calico(tools)
         say("Calico's resources")
         self._make_own_images(state, tools)
-        self._import(state, [Path(image) for image in state.images], nodes)
+        self._give_images(state, nodes)
         say("images")
         for node in nodes:
             self._join(node)
@@ -182,7 +181,7 @@ class NamespaceCluster(Cluster):
                 fabric.add_zone(zone)
             node = NodeState(name, zone, min(free), gvisor=gvisor)
             self._start_new_node(state, node)
-            self._import(state, [Path(image) for image in state.images], [node])
+            self._give_images(state, [node])
             self._join(node)
         return Node(self, name)
 
@@ -252,6 +251,7 @@ class NamespaceCluster(Cluster):
                 raise ClusterError(f"node {name} is switched on")
             self._power_on(state, node)
             self._machine(state, node).wait_until_booted()
+            self._give_images(state, [node])
 
     def cut(self, name: str) -> None:
         """Pull a node's network cable."""
@@ -320,13 +320,11 @@ class NamespaceCluster(Cluster):
             if not file.is_file():
                 raise ClusterError(f"there is no file {file}")
             kept = self._images / f"{file.stat().st_ino}-{file.name}"
-            self._import(
-                state,
-                [kept if kept.exists() else _keep(file, kept)],
-                [node for node in state.nodes.values() if node.init],
-            )
+            if not kept.exists():
+                _keep(file, kept)
             if str(kept) not in state.images:
                 state.images.append(str(kept))
+            self._give_images(state, [node for node in state.nodes.values() if node.init])
 
     @property
     def _images(self) -> Path:
@@ -339,20 +337,25 @@ class NamespaceCluster(Cluster):
             make_image(reference, tools.bin / program, file)
             state.images.append(str(file))
 
-    def _import(self, state: State, files: Sequence[Path], nodes: Iterable[NodeState]) -> None:
-        def into(node: NodeState) -> None:
+    def _give_images(self, state: State, nodes: Iterable[NodeState]) -> None:
+        """Give each of these nodes, all of them at once, the images that it does not have yet."""
+
+        def give(node: NodeState) -> None:
+            missing = [image for image in state.images if image not in node.images]
+            if not missing:
+                return
             node_machine = self._machine(state, node)
             node_machine.wait_for_socket(_CONTAINERD_SOCKET, NODE_SECONDS)
-            ctr = node_machine.enter("ctr", "--namespace=k8s.io", "images", "import", "-")
-            for file in files:
-                with file.open("rb") as archive:
-                    words = [str(word) for word in ctr]
-                    done = subprocess.run(words, stdin=archive, capture_output=True, text=True, check=False)
+            command = [str(word) for word in node_machine.enter("ctr", "--namespace=k8s.io", "images", "import", "-")]
+            for image in missing:
+                with Path(image).open("rb") as archive:
+                    done = subprocess.run(command, stdin=archive, capture_output=True, text=True, check=False)
                 if done.returncode != 0:
-                    raise ClusterError(f"{node.name} does not take the image {file}: {done.stderr.strip()}")
+                    raise ClusterError(f"{node.name} does not take the image {image}: {done.stderr.strip()}")
+                node.images.append(image)
 
         with ThreadPoolExecutor(4) as nodes_at_once:
-            list(nodes_at_once.map(into, nodes))
+            list(nodes_at_once.map(give, nodes))
 
     # ------------------------------------------------------------------ state
 

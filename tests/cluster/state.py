@@ -32,6 +32,8 @@ class NodeState:
     control_plane: bool = False
     # Its PID 1; none while its power is cut.
     init: ProcessId | None = None
+    # The archives that it was given.
+    images: list[str] = field(default_factory=list)
 
 
 @dataclass
