@@ -233,39 +233,32 @@ async def test_a_pod_whose_watcher_died_after_recording_is_let_go(
 # --- what nobody owns -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("job", [False, True], ids=["ConfigMaps without a Job", "a Job"])
-@pytest.mark.parametrize(
-    ("known", "why"),
-    [
-        (None, Why.UNKNOWN),
-        ((State.COMPLETED, 1), Why.ENDED),
-        ((State.RUNNING, 2), Why.VOID),
-        ((State.QUEUED, 1), Why.VOID),
-        ((State.RUNNING, 1), None),
-        ((State.PROVISIONING, 1), None),
-    ],
-    ids=str,
-)
-async def test_an_orphan_is_what_storage_does_not_hold(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, job: bool, known: tuple[State, int] | None, why: Why | None
-) -> None:
+JUDGED: list[tuple[tuple[State, int] | None, Why | None]] = [
+    (None, Why.UNKNOWN),
+    ((State.COMPLETED, 1), Why.ENDED),
+    ((State.RUNNING, 2), Why.VOID),
+    ((State.QUEUED, 1), Why.VOID),
+    ((State.RUNNING, 1), None),
+    ((State.PROVISIONING, 1), None),
+]
+
+
+async def test_an_orphan_is_what_storage_does_not_hold(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs, and ConfigMaps without one, under every judgement at once."""
     monkeypatch.setattr(rules, "RELEASE_AFTER_S", 0.2)
-    attempt = await bench.make(job=job)
-    if known:
-        bench.judge.known[attempt.evaluation_id] = known
-    before = await bench.left(attempt)
-    cleanup = bench.cleanup(orphan_seconds=0.001)
-    try:
-        report = await cleanup.sweep_once(20)
-    finally:
-        await cleanup.aclose()
+    cases = [(job, known, why) for job in (True, False) for known, why in JUDGED]
+    attempts = await asyncio.gather(*(bench.make(job=job) for job, _, _ in cases))
+    for attempt, (_, known, _) in zip(attempts, cases, strict=True):
+        if known:
+            bench.judge.known[attempt.evaluation_id] = known
+    kept = [attempt for attempt, (_, _, why) in zip(attempts, cases, strict=True) if why is None]
+    before = [await bench.left(attempt) for attempt in kept]
+    report = await sweep(bench.cleanup(orphan_seconds=0.001), 30)
     assert report.stuck == {}
-    if why:
-        assert report.removed == {str(attempt): why}
-        assert await bench.left(attempt) == []
-    else:
-        assert report.kept == [str(attempt)]
-        assert await bench.left(attempt) == before
+    assert report.removed == {str(attempt): why for attempt, (_, _, why) in zip(attempts, cases, strict=True) if why}
+    assert sorted(report.kept) == sorted(map(str, kept))
+    assert [await bench.left(attempt) for attempt in kept] == before
+    assert [await bench.left(attempt) for attempt in attempts if attempt not in kept] == [[]] * 8
 
 
 async def sweep(cleanup: Cleanup, limit: float = 20) -> Any:

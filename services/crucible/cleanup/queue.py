@@ -30,7 +30,8 @@ class WorkQueue(Generic[K]):
         self.empty.set()
 
     def add(self, key: K, *, urgent: bool = True) -> None:
-        """Have a key looked at now; once more afterwards if that is just being done."""
+        """Have a key that has changed looked at now; once more afterwards if that is just being done. Its pauses begin anew."""
+        self._pauses.pop(key, None)
         if key in self._active:
             self._again.add(key)
             return
@@ -67,9 +68,9 @@ class WorkQueue(Generic[K]):
 
     def retry(self, key: K) -> None:
         """Give a key back to be looked at again: after a pause, or at once if it has changed meanwhile."""
-        pause = self._pauses.get(key, _PAUSE_FIRST_S)
-        self._pauses[key] = min(pause * 2, _PAUSE_MAX_S)
         if key not in self._again:
+            pause = self._pauses.get(key, _PAUSE_FIRST_S)
+            self._pauses[key] = min(pause * 2, _PAUSE_MAX_S)
             self._put(key, urgent=True, due=self._clock() + pause)
         self._release(key)
 
