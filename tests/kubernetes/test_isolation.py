@@ -92,6 +92,15 @@ def attacks_of(*modules: ModuleType) -> list[str]:
 
 
 NETWORK = attacks_of(network)
+# Attacks that try each node, the own one among them: all must be reached where that is allowed, and none from an evaluation.
+EVERY_NODE = [
+    "kubelets",
+    "node_ports",
+    "ports_of_nodes",
+    "ports_of_nodes_over_udp",
+    "ping_of_nodes",
+    "dns_exfiltration_to_a_node",
+]
 LOCAL = attacks_of(filesystem, privileges)
 # An evaluation does not outlive the last of these.
 DEADLY = "more_memory"
@@ -123,7 +132,7 @@ class Scene:
     forged: Ran | None = None
     gluttonous: Ran | None = None
     spun: Ran | None = None
-    neighbour: str = ""
+    nodes: list[str] = field(default_factory=list)
 
 
 def results_of(lines: list[dict[str, Any]]) -> dict[str, trying.Result]:
@@ -376,7 +385,7 @@ async def scene(stage: Stage) -> Scene:
         forged=ran["forged"],
         gluttonous=ran["gluttonous"],
         spun=spun,
-        neighbour=inside.address,
+        nodes=facts["nodes"],
     )
 
 
@@ -417,6 +426,11 @@ def assert_denied(scene: Scene, name: str) -> None:
 @pytest.mark.parametrize("name", NETWORK)
 async def test_nothing_is_reached_over_the_network(scene: Scene, name: str) -> None:
     assert_denied(scene, name)
+
+
+@pytest.mark.parametrize("name", EVERY_NODE)
+async def test_the_control_reaches_the_own_node_and_every_other(scene: Scene, name: str) -> None:
+    assert sorted(scene.control[name].how.removeprefix("reached ").split(", ")) == sorted(scene.nodes)
 
 
 @pytest.mark.parametrize("name", attacks_of(filesystem))

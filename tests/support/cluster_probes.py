@@ -43,12 +43,13 @@ def _log(cluster: HasKubectl, namespace: str, pod: str) -> list[str]:
     return cluster.kubectl("logs", "--namespace", namespace, pod, check=False).splitlines()
 
 
-def why_policies_are_not_enforced(cluster: HasKubectl, image: str) -> str | None:
+def why_policies_are_not_enforced(cluster: HasKubectl, image: str, *, within: float = ENFORCED_SECONDS) -> str | None:
     """Have one Pod connect to another, deny everything, and see whether it still can. None if it cannot.
 
     Args:
         cluster: which one.
         image: one with Python.
+        within: seconds that a policy may take.
     """
     namespace, objects = _probe_namespace(cluster, image)
 
@@ -73,7 +74,7 @@ def why_policies_are_not_enforced(cluster: HasKubectl, image: str) -> str | None
         create("deny-all")
         wait_until(
             lambda: _log(cluster, namespace, "client")[-1:] == ["closed"],
-            timeout=ENFORCED_SECONDS,
+            timeout=within,
             poll=0.5,
             describe="a policy that denies everything to be enforced",
         )
