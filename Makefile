@@ -57,7 +57,7 @@ deploy-down: setup-dev ## Take it away; what it has stored stays (ARGS=--data: t
 	scripts/deploy down $(ARGS)
 
 .PHONY: test
-test: lint test-unit test-integration ## Set up and run every tier that exists, cheapest first
+test: lint test-unit test-integration test-cluster ## Set up and run every tier that exists, cheapest first
 
 # Without the plugin of the other tier's API tests, which takes 1 s to load.
 .PHONY: test-unit

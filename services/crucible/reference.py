@@ -164,17 +164,18 @@ def _default(path: tuple[str, ...], field: FieldInfo) -> str:
     if value is None:
         return "unset"
     if isinstance(value, dict):
-        if not value:
-            return "none"
-        dumped = {name: item.model_dump() for name, item in value.items()}
-        return "<br>".join(_code(f'"{name}": {json.dumps(item)}') for name, item in dumped.items())
-    if isinstance(value, tuple):
-        return _code(json.dumps(list(value)))
+        lines = (_code(f'"{name}": {json.dumps(item.model_dump())}') for name, item in value.items())
+        return "<br>".join(lines) or "none"
     if path[-1].endswith("_bytes") and format_memory(value) != str(value):
         return f"{_code(value)} ({format_memory(value)})"
-    if isinstance(value, bool):
-        return _code(str(value).lower())
-    return _code(f"{value:g}" if isinstance(value, float) else value)
+    return _code(_plain_value(value))
+
+
+def _plain_value(value: Any) -> str:
+    """Write a value as it would stand in the environment."""
+    if isinstance(value, tuple | bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _settings_rows(model: type[BaseModel], *path: str) -> Iterator[tuple[str, ...]]:

@@ -43,23 +43,23 @@ class Store:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if self.down:
             raise httpx.ConnectError("refused", request=request)
-        name = request.url.path.rpartition("/")[2]
         body = json.loads(request.content or b"{}")
         if request.method == "POST":
-            name = body["metadata"]["name"]
-            if name in self.leases:
-                return self.refusal(409, "AlreadyExists")
-            return self.put(name, body)
+            return self.create(body["metadata"]["name"], body)
+        name = request.url.path.rpartition("/")[2]
         if name not in self.leases:
             return self.refusal(404, "NotFound")
-        known = self.leases[name]
-        if request.method == "DELETE":
-            return httpx.Response(200, json=self.leases.pop(name))
-        if request.method == "GET":
-            return httpx.Response(200, json=known)
+        if request.method == "PATCH":
+            return self.patch(self.leases[name], body)
+        return httpx.Response(200, json=self.leases[name])
+
+    def create(self, name: str, body: dict[str, Any]) -> httpx.Response:
+        return self.refusal(409, "AlreadyExists") if name in self.leases else self.put(name, body)
+
+    def patch(self, known: dict[str, Any], body: dict[str, Any]) -> httpx.Response:
         if body["metadata"]["resourceVersion"] != known["metadata"]["resourceVersion"]:
             return self.refusal(409, "Conflict")
-        return self.put(name, {**known, "spec": known["spec"] | body["spec"]})
+        return self.put(known["metadata"]["name"], {**known, "spec": known["spec"] | body["spec"]})
 
     def put(self, name: str, lease: dict[str, Any]) -> httpx.Response:
         self.version += 1

@@ -40,6 +40,7 @@ FITTING: dict[tuple[str, ...], tuple[str, Any]] = {
     ("dispatcher_url",): ("http://dispatcher:8090", "http://dispatcher:8090"),
     ("limits", "images"): ('["python", "pypy"]', ("python", "pypy")),
     ("limits", "profile_default"): ("medium", "medium"),
+    ("kubernetes", "images"): ('{"python": "runner@sha256:1"}', {"python": "runner@sha256:1"}),
     ("storage", "objects_fallback_urls"): ('["file:///a", "s3://b/c"]', ("file:///a", "s3://b/c")),
     ("tracing", "otlp_endpoint"): ("http://localhost:4318", "http://localhost:4318"),
     ("tracing", "sample_ratio"): ("0.25", 0.25),
@@ -69,6 +70,8 @@ def another_value(path: tuple[str, ...], field: FieldInfo) -> tuple[str, Any]:
         value = Path("/somewhere/else")
     elif kind is SecretStr:
         return "another secret", SecretStr("another secret")
+    elif kind is bool:
+        value = not field.default
     elif kind in (int, float):
         value = field.default - 1 if field.default > 1 else field.default + 1
     else:
