@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.figures import Figure, show
+from benchmarks.figures import Figure, percentile, show
 from crucible.contracts import SandboxRequest
 from crucible.dispatcher.kubernetes.manifest import sandbox_objects
 from crucible.evaluation import EvaluationRequest, make_evaluation_id, resolve
@@ -26,7 +26,7 @@ from crucible.frames import Kind, LineDecoder
 from crucible.kubernetes.api import CONFIG_MAPS, JOBS, NAMESPACES, PODS, KubernetesApi, from_kubeconfig
 from crucible.kubernetes.reflector import Change, Reflector
 from crucible.limits import Limits
-from crucible.names import CONTAINER
+from crucible.names import CONTAINER, PLATFORM_NAMESPACE
 from crucible.settings import KubernetesSettings
 from tests.cluster import open_cluster
 from tests.deployment.deploy import Deployed, deploy
@@ -48,6 +48,8 @@ LIMITS = Limits()
 AT_ONCE = 16
 HELLO = "print('hello')"
 _END_SECONDS = 300.0
+_READS = 300
+_BATCH = 100
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,38 @@ async def compare_platform(jobs: BareJobs, client: Client, count: int, starts: i
     ]  # fmt: skip
 
 
+# --- reading while very many wait --------------------------------------------------------------------------------------------
+
+
+async def read_p95(client: Client, name: str) -> float:
+    """Return the 95th percentile of the seconds that reading one evaluation takes."""
+    seconds = []
+    for _ in range(_READS):
+        began = time.perf_counter()
+        await client.get(name)
+        seconds.append(time.perf_counter() - began)
+    return percentile(seconds, 0.95)
+
+
+async def compare_backlog(cluster: Cluster, client: Client, waiting: int) -> list[Figure]:
+    """Measure how long it takes to read an evaluation beside an empty queue, and beside a very long one."""
+    name = (await client.run(HELLO))["id"]
+    # What waits must go on waiting. This is the last figure that is taken.
+    cluster.kubectl("scale", "deployment/crucible-worker", "--namespace", PLATFORM_NAMESPACE, "--replicas=0")
+    await read_p95(client, name)
+    empty = await read_p95(client, name)
+    for _ in range(0, waiting, _BATCH):
+        response = await client.http.post("/v1/evaluations/batch", json={"evaluations": [{"code": HELLO}] * _BATCH})
+        response.raise_for_status()
+    full = await read_p95(client, name)
+    return [
+        Figure(
+            f"reading an evaluation while {waiting:,} wait, p95", f"{full * 1000:.1f} ms", f"none wait {empty * 1000:.1f} ms",
+            f"{full / empty:.2f}x", "unmoved",
+        )
+    ]  # fmt: skip
+
+
 # --- gVisor beside runc ------------------------------------------------------------------------------------------------------
 
 _SCENARIOS = {
@@ -259,7 +293,9 @@ async def measure(cluster: Cluster, platform: Deployed, arguments: argparse.Name
         say("the platform beside bare Jobs")
         figures = await compare_platform(jobs, client, arguments.evaluations, arguments.repeats)
         say("gVisor beside runc")
-        return figures + await compare_runtimes(jobs, arguments.repeats)
+        figures += await compare_runtimes(jobs, arguments.repeats)
+        say("reading while very many wait")
+        return figures + await compare_backlog(cluster, client, arguments.waiting)
 
 
 def main() -> None:
@@ -267,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, default=48, help="how many for the rate (at most 100)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each single figure is taken")
+    parser.add_argument("--waiting", type=int, default=15_000, help="how many wait while one is read")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     with deployed() as (cluster, platform):

@@ -21,6 +21,12 @@ class Figure:
     goal: str = ""
 
 
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the nearest-rank percentile of values; `share` is 0 to 1."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
 def show(figures: Sequence[Figure], *, as_json: bool) -> None:
     """Print the result, as a table or as one JSON document."""
     if as_json:

