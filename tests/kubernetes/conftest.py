@@ -33,10 +33,14 @@ TIMEOUT_SECONDS = 300
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of this tier more time, unless they say how much they need."""
+    """Give the tests of this tier more time, unless they say how much they need, and let those of the bare cluster come first.
+
+    Once policies are in force, none but their own identity may change Calico's.
+    """
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS))
+    items.sort(key=lambda item: item.path.name != "test_cluster.py")
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@ cluster, and a key in the kernel. Runs with the node's own network and all privi
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import json
 import os
+import signal
 import socket
 import struct
 import sys
@@ -16,7 +18,9 @@ import time
 from tests.kubernetes.attacks.listening import LIVES_SECONDS, serve
 
 METADATA = "169.254.169.254"
-RTM_NEWADDR, RTM_NEWROUTE = 20, 24
+RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE = 20, 21, 24
+# On a busy machine an answer may take a while.
+ANSWER_SECONDS = 5
 # NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE
 FLAGS = 0x1 | 0x4 | 0x400 | 0x100
 # The numbers of add_key(2) and keyctl(2) by machine.
@@ -41,10 +45,11 @@ def netlink(message: int, body: bytes) -> None:
 
 
 def hold_address(address: str) -> None:
-    """Give the loopback interface an address, so that the node answers for it."""
-    packed = socket.inet_aton(address)
+    """Give the loopback interface an address, so that the node answers for it, for as long as this program lives."""
     body = struct.pack("BBBBI", socket.AF_INET, 32, 0, 0, socket.if_nametoindex("lo"))
-    netlink(RTM_NEWADDR, body + attribute(2, packed))
+    body += attribute(2, socket.inet_aton(address))
+    netlink(RTM_NEWADDR, body)
+    atexit.register(netlink, RTM_DELADDR, body)
 
 
 def route(address: str, gateway: str) -> None:
@@ -56,7 +61,7 @@ def route(address: str, gateway: str) -> None:
 def metadata_answers() -> bool:
     """Tell whether the node has a metadata service of its own."""
     try:
-        with socket.create_connection((METADATA, 80), timeout=1):
+        with socket.create_connection((METADATA, 80), timeout=ANSWER_SECONDS):
             return True
     except OSError:
         return False
@@ -77,6 +82,8 @@ def keep_key(name: str, user: int) -> None:
 
 def main() -> None:
     """Be attacked as standard input says."""
+    # The first process of a container is not ended by a signal that it does not handle.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     asked = json.load(sys.stdin)
     node = os.environ["NODE_ADDRESS"]
     if node == asked["gateway"]:
