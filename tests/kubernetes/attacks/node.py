@@ -82,7 +82,7 @@ def keep_key(name: str, user: int) -> None:
 
 def main() -> None:
     """Be attacked as standard input says."""
-    # The first process of a container is not ended by a signal that it does not handle.
+    # So that what was put on the node is taken off again.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     asked = json.load(sys.stdin)
     node = os.environ["NODE_ADDRESS"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ def main() -> int:
     with open("/program/input", encoding="utf-8") as given:
         command = [sys.executable, "-I", "/program/main.py"]
         program = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, text=True)
+    # The first process of a container gets no signal that it does not handle, and its child none at all.
+    signal.signal(signal.SIGTERM, lambda *_: program.terminate())
     assert program.stdout is not None
     for line in program.stdout:
         print(line, end="", flush=True)
