@@ -72,6 +72,10 @@ test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
 test-cluster: cluster-tools ## Tests on a real Kubernetes cluster of three nodes, brought up for them; takes root
 	$(PYTEST) tests/kubernetes --junitxml=reports/cluster.xml
 
+.PHONY: test-storm
+test-storm: cluster-tools ## 150 evaluations at once while a dispatcher, the leading monitor and a node are lost; 15,000 waiting
+	CRUCIBLE_TEST_AT_ONCE=150 $(PYTEST) tests/kubernetes/test_storm.py -s
+
 .PHONY: test-with-calico
 test-with-calico: cluster-tools ## The tests of network isolation on a cluster with Calico, kind's where there is Docker; asks first (YES=1: does not)
 	scripts/test-with-calico

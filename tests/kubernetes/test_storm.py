@@ -1,6 +1,6 @@
 """Many at once while what carries them breaks, and very many waiting: nothing is lost, nothing is doubled, nothing grows.
 
-    CRUCIBLE_TEST_AT_ONCE=30 CRUCIBLE_TEST_WAITING=2000 ...     the same in small, while working on it
+    make test-storm              150 at once; `make test-cluster` runs as many as two processors carry beside everything else
 
 This file is the last of its tier, since it leaves thousands of evaluations behind that wait.
 """
@@ -8,11 +8,12 @@ This file is the last of its tier, since it leaves thousands of evaluations behi
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
-import time
 from collections import Counter
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs("cluster"), pytest.mark.timeout(600)]
 
-AT_ONCE = int(os.environ.get("CRUCIBLE_TEST_AT_ONCE", "150"))
+AT_ONCE = int(os.environ.get("CRUCIBLE_TEST_AT_ONCE", "40"))
 WAITING = int(os.environ.get("CRUCIBLE_TEST_WAITING", "15000"))
 BATCH = 100
 SMALLEST = {"memory_limit": "64Mi", "cpu_limit": "250m"}
@@ -55,8 +56,13 @@ def kill(platform: DeployedPlatform, pod: str) -> None:
     platform.kubectl("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
 
 
-def leader(platform: DeployedPlatform) -> str:
-    return platform.kubectl("get", "lease", LEASE_LEADER, "-o", "jsonpath={.spec.holderIdentity}")
+def leadership(platform: DeployedPlatform) -> dict[str, Any]:
+    """The lease of whoever leads: its holder, since when, and when it was last renewed."""
+    return dict(json.loads(platform.kubectl("get", "lease", LEASE_LEADER, "-o", "json"))["spec"])
+
+
+def seconds_between(earlier: str, later: str) -> float:
+    return (datetime.fromisoformat(later) - datetime.fromisoformat(earlier)).total_seconds()
 
 
 @contextmanager
@@ -97,7 +103,7 @@ def spare_node(platform: DeployedPlatform) -> str:
     return next(name for name in ("w1", "w2") if name != database["spec"]["nodeName"])
 
 
-async def test_150_at_once_lose_a_dispatcher_the_leader_and_a_node_and_none_is_lost_or_doubled(
+async def test_many_at_once_lose_a_dispatcher_the_leader_and_a_node_and_none_is_lost_or_doubled(
     cluster: Cluster, platform: DeployedPlatform, client: Client
 ) -> None:
     before = await states(client)
@@ -129,14 +135,22 @@ async def test_150_at_once_lose_a_dispatcher_the_leader_and_a_node_and_none_is_l
         kill(platform, platform.pods("dispatcher")[0]["metadata"]["name"])
 
         await until_ended(AT_ONCE // 10)
-        old = leader(platform)
-        victim = next(pod for pod in platform.pods("monitor") if old.startswith(pod["metadata"]["name"]))
-        began = time.monotonic()
-        kill(platform, victim["metadata"]["name"])
+        old = leadership(platform)
+        (victim,) = [
+            pod["metadata"]["name"]
+            for pod in platform.pods("monitor")
+            if old["holderIdentity"].startswith(pod["metadata"]["name"])
+        ]
+        kill(platform, victim)
         wait_until(
-            lambda: leader(platform) not in ("", old), timeout=FAIL_OVER_SECONDS, describe="another monitor to lead"
+            lambda: leadership(platform).get("holderIdentity") not in ("", old["holderIdentity"]),
+            timeout=60,
+            describe="another monitor to lead",
         )
-        print(f"fail-over of the leader took {time.monotonic() - began:.1f} s")
+        # By the leases' own times, which do not count how long it takes to ask for them on a busy machine.
+        took = seconds_between(old["renewTime"], leadership(platform)["acquireTime"])
+        print(f"fail-over of the leader took {took:.1f} s from its last sign of life")
+        assert took < FAIL_OVER_SECONDS
 
         await until_ended(AT_ONCE // 3)
         cluster.node(lost_node).power_cut()
