@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs("cluster"), pytest.mark.timeout(600)]
 
-AT_ONCE = int(os.environ.get("CRUCIBLE_TEST_AT_ONCE", "40"))
+AT_ONCE = int(os.environ.get("CRUCIBLE_TEST_AT_ONCE", "30"))
 WAITING = int(os.environ.get("CRUCIBLE_TEST_WAITING", "15000"))
 BATCH = 100
 SMALLEST = {"memory_limit": "64Mi", "cpu_limit": "250m"}
@@ -142,13 +142,19 @@ async def test_many_at_once_lose_a_dispatcher_the_leader_and_a_node_and_none_is_
             if old["holderIdentity"].startswith(pod["metadata"]["name"])
         ]
         kill(platform, victim)
-        wait_until(
-            lambda: leadership(platform).get("holderIdentity") not in ("", old["holderIdentity"]),
-            timeout=60,
-            describe="another monitor to lead",
-        )
-        # By the leases' own times, which do not count how long it takes to ask for them on a busy machine.
-        took = seconds_between(old["renewTime"], leadership(platform)["acquireTime"])
+        last = old
+
+        def another_leads() -> dict[str, Any] | None:
+            nonlocal last
+            now = leadership(platform)
+            if now.get("holderIdentity") == old["holderIdentity"]:
+                last = now
+            return None if now.get("holderIdentity") in ("", old["holderIdentity"]) else now
+
+        new = wait_until(another_leads, timeout=90, describe="another monitor to lead")
+        assert new is not None
+        # By the lease's own times, which do not count how long it takes to ask and to kill on a busy machine.
+        took = seconds_between(last["renewTime"], new["acquireTime"])
         print(f"fail-over of the leader took {took:.1f} s from its last sign of life")
         assert took < FAIL_OVER_SECONDS
 

@@ -186,7 +186,8 @@ class LeaderElection:
         interval = self._lease.seconds * _RENEW_SHARE
         while True:
             try:
-                async with asyncio.timeout(interval):
+                # An API server that is slow must not keep everyone from leading: what is held counts from when it was asked for.
+                async with asyncio.timeout(self._lease.seconds):
                     await self._lease.try_hold()
             except (ApiError, TimeoutError) as error:
                 log.warning(
