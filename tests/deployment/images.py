@@ -19,10 +19,11 @@ REGISTRY = "crucible.local"
 
 @dataclass(frozen=True)
 class Image:
-    """An image in a file. `reference` is by digest."""
+    """An image in a file. `reference` is by digest, `size` in bytes, unpacked."""
 
     name: str
     reference: str
+    size: int
     archive: Path
 
     @property
@@ -38,4 +39,6 @@ def build(names: Sequence[str] = NAMES) -> list[Image]:
         DeployError: an image cannot be built.
     """
     lines = run([str(ROOT / "scripts" / "images"), *names]).splitlines()
-    return [Image(name, reference, Path(archive)) for name, reference, _, archive in map(str.split, lines)]
+    return [
+        Image(name, reference, int(size), Path(archive)) for name, reference, size, archive in map(str.split, lines)
+    ]

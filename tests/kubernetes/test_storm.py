@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from crucible.evaluation import TERMINAL_STATES
 from crucible.names import EVALUATION_NAMESPACE, LEASE_LEADER
 from tests.support.capabilities import needs
-from tests.support.deployed import TERMINAL
 from tests.support.platform import connect
 from tests.support.waits import pass_time, wait_for, wait_until, wait_until_async
 
@@ -111,7 +111,7 @@ async def test_many_at_once_lose_a_dispatcher_the_leader_and_a_node_and_none_is_
 
     async def ended() -> int:
         now = await states(client)
-        return sum(now[state] - before[state] for state in TERMINAL)
+        return sum(now[state] - before[state] for state in TERMINAL_STATES)
 
     async def until_ended(count: int) -> None:
         async def so_many() -> bool:
@@ -172,7 +172,7 @@ async def test_many_at_once_lose_a_dispatcher_the_leader_and_a_node_and_none_is_
     for number, name in enumerate(ids):
         events = (await client.http.get(f"/v1/evaluations/{name}/events")).json()["events"]
         types = [event["type"] for event in events]
-        assert sum(kind in TERMINAL for kind in types) == 1, types
+        assert sum(kind in TERMINAL_STATES for kind in types) == 1, types
         assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
         assert await client.output(name) == f"mark {number}\n".encode()
         void = [event for event in events if event["type"] == "queued" and event["attempt"] > 0]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from crucible.evaluation import TERMINAL_STATES
 from crucible.names import PLATFORM_NAMESPACE
 from tests.support.waits import wait_until
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from tests.deployment import Image
 
 _NAMESPACE = f"--namespace={PLATFORM_NAMESPACE}"
-TERMINAL = {"completed", "failed", "timeout", "cancelled"}
 
 
 class DeployedPlatform:
@@ -69,14 +69,16 @@ class DeployedPlatform:
 
         def over() -> bool:
             for one in evaluations:
-                if found.get(one, {}).get("state") not in TERMINAL:
+                if found.get(one, {}).get("state") not in TERMINAL_STATES:
                     found[one] = self.get(one)
-            return all(record["state"] in TERMINAL for record in found.values())
+            return all(record["state"] in TERMINAL_STATES for record in found.values())
 
         try:
             wait_until(over, timeout=timeout, poll=0.5, describe="evaluations to end", tolerate=(httpx.HTTPError,))
         except AssertionError as error:
-            left = {one: record.get("state") for one, record in found.items() if record.get("state") not in TERMINAL}
+            left = {
+                one: record.get("state") for one, record in found.items() if record.get("state") not in TERMINAL_STATES
+            }
             raise AssertionError(f"{error}; not ended: {left}") from None
         return [found[one] for one in evaluations]
 

@@ -1,29 +1,18 @@
-"""The images of services/images, built by `scripts/images` where they are not in its cache."""
+"""One image of services/images for a test, built where it is not in the cache; `tests.deployment` builds them all."""
 
 from __future__ import annotations
 
-import subprocess
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Image:
-    """An image as `scripts/images` tells of it."""
-
-    reference: str
-    size: int
-    archive: Path
+from tests.deployment.images import Image, build
 
 
 @cache
 def built_image(name: str) -> Image:
-    """Build one, unless that is done already."""
-    command = [str(ROOT / "scripts" / "images"), name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (line,) = [line.split() for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
-    return Image(reference=line[1], size=int(line[2]), archive=Path(line[3]))
+    """Build one, unless that is done already.
+
+    Raises:
+        DeployError: it cannot be built.
+    """
+    (image,) = build((name,))
+    return image
