@@ -150,6 +150,22 @@ def test_verify_names_each_of_many_differences(ready: Installation) -> None:
         manage("DELETE", "users/crucible-guest")
 
 
+def test_an_alarm_is_a_difference_for_exactly_as_long_as_it_is_on(ready: Installation) -> None:
+    ready.cluster.set_alarm("disk")
+    # What `GET /api/nodes` says is a sample, some seconds old at times: the alarm must be over although the sample has it.
+    sampled = "disk_free_alarm"
+    wait_until(
+        lambda: any(node.get(sampled) for node in ready.cluster.manage("GET", "nodes")),
+        timeout=20,
+        describe="the alarm to be sampled",
+    )
+    (found,) = ready.differences()
+    assert (found.what, found.wanted, found.found) == ("disk space alarm", "off", "on")
+    assert "free disk space there" in str(found)
+    ready.cluster.clear_alarms()
+    assert ready.differences() == []
+
+
 def run_command(installation: Installation, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CRUCIBLE_")}
     environment |= {

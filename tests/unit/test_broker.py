@@ -129,16 +129,15 @@ def test_versions_are_compared_as_numbers(version: str, fits: bool) -> None:
 
 def test_the_state_of_nodes_and_members_is_told() -> None:
     queue = queue_name(SizeClass.SMALL)
-    broker = observed()
+    broker = observed(alarms=[{"node": "rabbit@c", "resource": "disk space"}])
     broker.nodes[0] = {"name": "rabbit@a", "running": False}
     broker.nodes[1]["enabled_plugins"] = ["rabbitmq_management"]
-    broker.nodes[2]["disk_free_alarm"] = True
     broker.queues[queue]["online"] = ["rabbit@b", "rabbit@c"]
     broker.queues[queue_name(SizeClass.LARGE)]["members"] = ["rabbit@b"]
     assert found_in(broker) == {
         ("node rabbit@a", "state"),
         ("node rabbit@b", "plugin rabbitmq_prometheus"),
-        ("node rabbit@c", "disk alarm"),
+        ("node rabbit@c", "disk space alarm"),
         (f"queue {queue}", "member on rabbit@a"),
         (f"queue {queue_name(SizeClass.LARGE)}", "members"),
     }

@@ -71,6 +71,16 @@ class Management:
         answer = self._call("GET", path, accept={HTTPStatus.NOT_FOUND})
         return None if answer.status_code == HTTPStatus.NOT_FOUND else answer.json()
 
+    def check(self, name: str) -> Any:
+        """Return what a health check says, whether it passes or fails.
+
+        It asks the nodes now, where `get("nodes")` answers from statistics that may be some seconds old.
+
+        Raises:
+            BrokerError: it does not answer, or refuses.
+        """
+        return self._call("GET", ("health", "checks", name), accept={HTTPStatus.SERVICE_UNAVAILABLE}).json()
+
     def send(self, request: Request) -> None:
         """Make a change.
 

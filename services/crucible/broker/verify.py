@@ -76,6 +76,7 @@ class Observed:
     version: str
     vhost: bool
     nodes: list[Found] = field(default_factory=list)
+    alarms: list[Found] = field(default_factory=list)
     exchanges: dict[str, Found] = field(default_factory=dict)
     queues: dict[str, Found] = field(default_factory=dict)
     bindings: list[Found] = field(default_factory=list)
@@ -95,12 +96,14 @@ def observe(api: Management, vhost: str) -> Observed:
     version = str(api.get("overview")["rabbitmq_version"])
     users = {found["name"]: found for found in api.get("users")}
     nodes = api.get("nodes")
+    alarms = api.check("alarms").get("alarms", [])
     if api.find("vhosts", vhost) is None:
-        return Observed(version, vhost=False, nodes=nodes, users=users)
+        return Observed(version, vhost=False, nodes=nodes, alarms=alarms, users=users)
     return Observed(
         version,
         vhost=True,
         nodes=nodes,
+        alarms=alarms,
         exchanges={found["name"]: found for found in api.get("exchanges", vhost)},
         queues={found["name"]: found for found in api.get("queues", vhost)},
         bindings=api.get("bindings", vhost),
@@ -161,15 +164,10 @@ def _cluster(observed: Observed) -> Iterator[Difference]:
         for plugin in PLUGINS:
             if plugin not in node["enabled_plugins"]:
                 yield Difference(where, f"plugin {plugin}", "on", "off", f"there: `rabbitmq-plugins enable {plugin}`")
-        for alarm, resource in (("mem_alarm", "memory"), ("disk_free_alarm", "disk")):
-            if node.get(alarm):
-                yield Difference(
-                    where,
-                    f"{resource} alarm",
-                    "off",
-                    "on",
-                    f"free {resource} there: no node accepts messages meanwhile",
-                )
+    for alarm in observed.alarms:
+        where, resource = f"node {alarm['node']}", alarm["resource"]
+        remedy = f"free {resource} there: no node accepts messages meanwhile"
+        yield Difference(where, f"{resource} alarm", "off", "on", remedy)
 
 
 def _exchange(wanted: Exchange, found: Found | None, vhost: str) -> Iterator[Difference]:
