@@ -56,6 +56,9 @@ RESULT_VISIBLE = Histogram(
 )
 SANDBOXES = Counter("dispatcher_jobs_created_total", "Sandboxes created", ["result"], registry=REGISTRY)
 SANDBOXES_LIVE = Gauge("dispatcher_sandboxes", "Sandboxes that exist now", registry=REGISTRY)
+SANDBOXES_STARTING = Gauge(
+    "dispatcher_sandboxes_starting", "Sandboxes asked for that have not begun to run", registry=REGISTRY
+)
 STORAGE_SECONDS = Histogram(
     "storage_op_duration_seconds",
     "Time of a storage operation",

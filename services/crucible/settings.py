@@ -172,6 +172,12 @@ class KubernetesSettings(_Section):
         description="Share of an evaluation's CPU limit that the scheduler sets aside for it, percent; with less, evaluations may slow "
         "each other down, never end each other (memory is always set aside in full)",
     )
+    starting_per_node: int = Field(
+        8,
+        ge=1,
+        description="Sandboxes that may be starting at a time, for each node that takes them; a start takes far more of a node than "
+        "most evaluations do, and too many at once cost it its readiness",
+    )
     reserve_cpu_millis: int = Field(
         0, ge=0, description="CPU of each sandbox node that is not for evaluations, millicores"
     )

@@ -22,6 +22,7 @@ from crucible import __version__, names
 from crucible import contracts as c
 from crucible.clients import DispatcherClient, http_client
 from crucible.dispatcher.app import make_dispatcher_app
+from crucible.dispatcher.kubernetes.capacity import is_starting
 from crucible.dispatcher.kubernetes.dispatcher import KubernetesDispatcher
 from crucible.dispatcher.kubernetes.manifest import demand_of, sandbox_objects
 from crucible.dispatcher.runtimes import RuntimeUnavailableError
@@ -29,6 +30,7 @@ from crucible.evaluation import EvaluationRequest, Reason, Resources, make_evalu
 from crucible.frames import Frame, Kind, LineDecoder
 from crucible.health import Health
 from crucible.kubernetes.api import CONFIG_MAPS, JOBS, NODES, PODS, RESOURCE_QUOTAS, ApiError, KubernetesApi
+from crucible.kubernetes.reflector import Reflector
 from crucible.limits import Limits
 from crucible.outcome import RunnerReport
 from crucible.quantity import GIB, MIB
@@ -418,6 +420,41 @@ async def test_capacity_follows_the_nodes(bench: Bench) -> None:
         for name in expected:
             await bench.api.patch(NODES, name, {"spec": {"unschedulable": None}})
     await wait_until_async(all_free, timeout=20, describe="the nodes to be free again")
+
+
+async def test_only_so_many_start_at_a_time_and_all_are_made(bench: Bench) -> None:
+    settings = bench.settings.model_copy(update={"starting_per_node": 1})
+    ids = [new_id() for _ in range(8)]
+    async with AsyncExitStack() as stack:
+        api = await stack.enter_async_context(KubernetesApi.from_settings(settings))
+        _, client = await stack.enter_async_context(serving(api, settings))
+        open_nodes = len((await client.capacity()).nodes)
+        most: list[int] = []
+        watching = Reflector(api, PODS, NAMESPACE)
+        watching.subscribe(lambda _: most.append(sum(is_starting(pod) for pod in watching.objects.values())))
+        watching.start()
+        stack.push_async_callback(watching.aclose)
+        await watching.synced.wait()
+
+        async def made(evaluation_id: str) -> None:
+            """Ask as a worker does: again, for as long as there is no room."""
+            while True:
+                try:
+                    await client.create(evaluation_id, bench.request())
+                except CallFailedError as error:
+                    if error.slug != "no-capacity" or "are starting, as many as" not in str(error):
+                        raise
+                else:
+                    return
+
+        async with asyncio.timeout(100):
+            await asyncio.gather(*map(made, ids))
+            for each in ids:
+                await bench.running(each)
+        assert max(most) == open_nodes
+    for each in ids:
+        await bench.clients[0].stop(each, Reason.CANCELLED_BY_USER)
+        await bench.collect(each)
 
 
 # -- a cluster that does not answer, or not as it should

@@ -48,7 +48,9 @@ class Cluster:
         }
         self.view.on_node(Change(ChangeKind.DELETED if gone else ChangeKind.MODIFIED, node, None))
 
-    def pod(self, attempt: int, node: str | None = None, *, phase: str = "Pending", gone: bool = False) -> None:
+    def pod(
+        self, attempt: int, node: str | None = None, *, phase: str = "Pending", gone: bool = False, **status: Any
+    ) -> None:
         requests = {"cpu": "250m", "memory": "256Mi", "ephemeral-storage": "344Mi"}
         pod = {
             "metadata": {
@@ -61,7 +63,7 @@ class Cluster:
                 "overhead": {"cpu": "50m", "memory": "96Mi"},
                 **({"nodeName": node} if node else {}),
             },
-            "status": {"phase": phase},
+            "status": {"phase": phase, **status},
         }
         self.view.on_pod(Change(ChangeKind.DELETED if gone else ChangeKind.MODIFIED, pod, None))
 
@@ -140,6 +142,64 @@ def test_a_pod_that_never_appears_does_not_hold_room_for_ever(cluster: Cluster) 
     assert cluster.view.reserve(f"{ID}-3", big).fit is Fit.NOW
 
 
+def container(**state: Any) -> dict[str, Any]:
+    """The status of a Pod that has a node and a container in this state."""
+    scheduled = {"type": "PodScheduled", "status": "True"}
+    return {"conditions": [scheduled], "containerStatuses": [{"name": "runner", "state": state}]}
+
+
+STARTING = container(waiting={"reason": "ContainerCreating"})
+
+
+def test_only_so_many_start_at_a_time_and_each_that_has_started_makes_way() -> None:
+    cluster = Cluster(starting_per_node=2)
+    cluster.node("w1", cpu="16", memory="64Gi")
+    for attempt in range(2):
+        assert cluster.view.reserve(f"{ID}-{attempt}", SMALL).fit is Fit.NOW
+    assert cluster.fit() == (Fit.LATER, "2 sandboxes are starting, as many as 1 nodes start at a time")
+    cluster.node("w2", cpu="16", memory="64Gi")
+    assert cluster.fit()[0] is Fit.NOW
+    cluster.node("w2", gone=True)
+    cluster.pod(0, "w1", **STARTING)
+    cluster.pod(1, "w1", **STARTING)
+    assert cluster.fit()[0] is Fit.LATER
+    cluster.pod(0, "w1", phase="Running", **container(running={}))
+    assert cluster.view.starting == 1
+    assert cluster.fit()[0] is Fit.NOW
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        # Over before the kubelet has said that it ran.
+        container(terminated={"exitCode": 0}),
+        container(waiting={"reason": "ImagePullBackOff"}),
+        {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}]},
+        {"phase": "Running"},
+        {"phase": "Failed"},
+    ],
+)
+def test_what_is_not_coming_up_is_in_nobodys_way(status: Any) -> None:
+    cluster = Cluster(starting_per_node=1)
+    cluster.node("w1", cpu="16", memory="64Gi")
+    cluster.pod(0, "w1", **STARTING)
+    assert cluster.fit()[0] is Fit.LATER
+    cluster.pod(0, "w1", **status)
+    assert cluster.fit()[0] is Fit.NOW
+
+
+def test_a_pod_that_never_comes_up_is_in_the_way_for_a_while_only_however_often_it_is_heard_of() -> None:
+    cluster = Cluster(starting_per_node=1)
+    cluster.node("w1", cpu="16", memory="64Gi")
+    for cluster.clock.now in (0, 30, 59):
+        cluster.pod(0, "w1", **STARTING)
+        assert cluster.fit()[0] is Fit.LATER
+    cluster.clock.now = 61
+    assert cluster.fit()[0] is Fit.NOW
+    cluster.pod(0, "w1", **STARTING)
+    assert cluster.fit()[0] is Fit.NOW
+
+
 def test_pods_without_a_node_are_given_room_first(cluster: Cluster) -> None:
     for attempt in range(12):
         cluster.pod(attempt)
@@ -191,7 +251,7 @@ def test_a_quota_counts_what_was_just_asked_for(cluster: Cluster) -> None:
 
 
 def test_less_cpu_set_aside_makes_room_for_more() -> None:
-    cluster = Cluster(cpu_request_percent=10, reserve_memory_bytes=GIB)
+    cluster = Cluster(cpu_request_percent=10, reserve_memory_bytes=GIB, starting_per_node=100)
     cluster.node("w1", memory="64Gi")
     fits = [cluster.view.reserve(f"{ID}-{n}", SMALL).fit for n in range(60)]
     # Each takes 25m and the sandbox's own 50m of 2 CPU.

@@ -3,6 +3,9 @@
 The scheduler and the quota have the last word, and another replica may take what this one saw as free. So this need not be exact: it
 keeps Pods that could not start from piling up, says what could never start, and puts in words what is in the way. Sandboxes that
 were just asked for count from that moment, since their Pods take a while to appear.
+
+Starting a sandbox takes a node far more than most evaluations do afterwards. A node on which too many start at once is missed by
+its control plane and loses all that it runs, so only so many start at a time; the rest have room, and wait for their turn.
 """
 
 from __future__ import annotations
@@ -31,6 +34,10 @@ RUNTIME = "kubernetes"
 _RESERVED_SECONDS = 60.0
 # A node that went away may come back, or another of its kind; until then what only it could hold waits.
 _GONE_SECONDS = 1800.0
+# A Pod that has not come up by now is stuck (`watching.facts` gives it up about then), and is in nobody's way.
+_STARTING_SECONDS = 60.0
+# What a container that is on its way up waits for; every other reason is trouble, which takes nothing of its node.
+_COMING_UP = frozenset({None, "ContainerCreating", "PodInitializing"})
 ENDED_PHASES = frozenset({"Succeeded", "Failed"})
 
 
@@ -80,6 +87,19 @@ def held_by(pod: Object) -> Amounts:
     for container in spec["containers"]:
         held += amounts_of((container.get("resources") or {}).get("requests") or {})
     return held
+
+
+def is_starting(pod: Object) -> bool:
+    """Whether a Pod's sandbox is being made: a node has been or may be found for it, and its container has not begun to run."""
+    status = pod.get("status") or {}
+    if status.get("phase") != "Pending" or pod["metadata"].get("deletionTimestamp"):
+        return False
+    if any(each["type"] == "PodScheduled" and each["status"] == "False" for each in status.get("conditions") or []):
+        return False
+    states = [each.get("state") or {} for each in status.get("containerStatuses") or []]
+    return all(
+        not state.keys() - {"waiting"} and (state.get("waiting") or {}).get("reason") in _COMING_UP for state in states
+    )
 
 
 # --- nodes and quotas -----------------------------------------------------------------------------------------------------
@@ -157,6 +177,8 @@ class _Held:
 
     amounts: Amounts
     node: str | None
+    starting_until: float
+    """Until when it counts as starting; 0 once it has started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +231,15 @@ class ClusterCapacity:
         if change.kind is ChangeKind.DELETED or pod.get("status", {}).get("phase") in ENDED_PHASES:
             self._pods.pop(name, None)
         else:
-            self._pods[name] = _Held(held_by(pod), pod["spec"].get("nodeName"))
+            self._pods[name] = _Held(held_by(pod), pod["spec"].get("nodeName"), self._starting_until(name, pod))
         if sandbox := sandbox_of(pod):
             self._reserved.pop(sandbox, None)
+
+    def _starting_until(self, name: str, pod: Object) -> float:
+        if not is_starting(pod):
+            return 0.0
+        known = self._pods.get(name)
+        return known.starting_until if known else self._clock() + _STARTING_SECONDS
 
     def on_quota(self, change: Change) -> None:
         """Take in a change of a quota of the namespace."""
@@ -228,6 +256,19 @@ class ClusterCapacity:
     def sandboxes(self) -> int:
         """Sandboxes that hold room now."""
         return len(self._pods) + len(self._reserved)
+
+    @property
+    def starting(self) -> int:
+        """Sandboxes that are being started now, those included that were just asked for."""
+        now = self._clock()
+        reserved = sum(each.until > now for each in self._reserved.values())
+        return reserved + sum(held.starting_until > now for held in self._pods.values())
+
+    @property
+    def another_may_start(self) -> bool:
+        """Whether fewer are starting than may; where no node takes sandboxes, that is what is in the way and not this."""
+        nodes = self._open_nodes()
+        return not nodes or self.starting < nodes * self._settings.starting_per_node
 
     def check(self, wanted: Resources, *, config_maps: int = 1) -> CapacityAnswer:
         """Say whether a request has room now, later or never, and why."""
@@ -287,7 +328,12 @@ class ClusterCapacity:
         if not any(left.covers(amounts) for left in free.values()):
             return Fit.LATER, self._why_not_now(free)
         later = next((check.later for check in checks if check.later), None)
+        if not later and not self.another_may_start:
+            later = f"{self.starting} sandboxes are starting, as many as {self._open_nodes()} nodes start at a time"
         return (Fit.LATER, later) if later else (Fit.NOW, None)
+
+    def _open_nodes(self) -> int:
+        return sum(not node.obstacle for node in self._nodes.values())
 
     def _never(self, wanted: Resources, amounts: Amounts) -> str | None:
         sizes = self._sizes()

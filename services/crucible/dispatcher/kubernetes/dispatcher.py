@@ -7,11 +7,11 @@ the Job as collected. That mark, and nothing sooner, is what those who wait here
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import re
 import time
 from collections import OrderedDict, defaultdict
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from crucible import contracts as c
@@ -49,6 +49,8 @@ _KEPT_SECONDS = 900.0
 # After a stop, how long its caller waits for the end to be recorded, before it is told "not yet".
 _RECORD_SECONDS = 5.0
 _STOP_GRACE_SECONDS = 1
+# How long a creation waits here for its turn to start. Its caller asks again; a cancellation waits for the answer.
+_TURN_SECONDS = 5.0
 # The API server counts each creation in the quota's own object, and says "conflict" where too many do so at once.
 _CONFLICT_TRIES = 6
 _CONFLICT_PAUSE_S = 0.05
@@ -124,6 +126,9 @@ class KubernetesDispatcher:
         self._pods_of: defaultdict[str, dict[str, Object]] = defaultdict(dict)
         self._collected: OrderedDict[str, float] = OrderedDict()
         self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        # First come, first served, among those that only wait for others to have started.
+        self._turn = asyncio.Lock()
+        self._moved = asyncio.Event()
         self._closing = False
 
     # -- its own life
@@ -148,7 +153,7 @@ class KubernetesDispatcher:
         await self._prove()
         self._jobs.subscribe(self._on_job)
         self._pods.subscribe(self._on_pod)
-        self._nodes.subscribe(self._capacity.on_node)
+        self._nodes.subscribe(self._on_node)
         self._quotas.subscribe(self._capacity.on_quota)
         for reflector in self._reflectors:
             reflector.start()
@@ -227,9 +232,15 @@ class KubernetesDispatcher:
             self._remember(sandbox)
         self._wake(sandbox)
 
+    def _on_node(self, change: Change) -> None:
+        self._capacity.on_node(change)
+        self._moved.set()
+
     def _on_pod(self, change: Change) -> None:
         self._capacity.on_pod(change)
+        self._moved.set()
         metrics.SANDBOXES_LIVE.set(self._capacity.sandboxes)
+        metrics.SANDBOXES_STARTING.set(self._capacity.starting)
         if (sandbox := sandbox_of(change.object)) is None:
             return
         _, pod = key_of(change.object)
@@ -290,7 +301,7 @@ class KubernetesDispatcher:
     def _objects(self, evaluation_id: str, request: c.SandboxRequest) -> SandboxObjects:
         return sandbox_objects(evaluation_id, request, self._kubernetes, self._limits, grace_seconds=self._grace)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _span(self, evaluation_id: str, request: c.SandboxRequest) -> Iterator[None]:
         if self._tracing is None:
             yield
@@ -302,7 +313,7 @@ class KubernetesDispatcher:
         """Create what is not there yet. The code comes first, so that no Pod ever lacks it, and is owned by the Job last."""
         job = self._job(sandbox)
         if job is None:
-            self._reserve(sandbox, request.spec.resources, len(objects.config_maps))
+            await self._take_room(sandbox, request.spec.resources, len(objects.config_maps))
             try:
                 for config_map in objects.config_maps:
                     await self._create_config_map(config_map)
@@ -312,6 +323,17 @@ class KubernetesDispatcher:
                 metrics.SANDBOXES.labels("failed").inc()
                 raise
         await self._own(objects, job)
+
+    async def _take_room(self, sandbox: str, wanted: Resources, config_maps: int) -> None:
+        """Reserve what a sandbox takes, when it is its turn to start; waits a while for that, and for nothing else."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TURN_SECONDS), self._turn:
+                while not self._capacity.another_may_start:
+                    self._moved.clear()
+                    await self._moved.wait()
+                self._reserve(sandbox, wanted, config_maps)
+                return
+        self._reserve(sandbox, wanted, config_maps)
 
     def _reserve(self, sandbox: str, wanted: Resources, config_maps: int) -> None:
         answer = self._capacity.reserve(sandbox, wanted, config_maps=config_maps)
@@ -503,7 +525,7 @@ class KubernetesDispatcher:
         return self._capacity.check(wanted)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_problems() -> Iterator[None]:
     try:
         yield
