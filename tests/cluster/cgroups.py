@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 from tests.cluster.errors import ClusterError
@@ -17,8 +18,6 @@ ROOT = Path("/sys/fs/cgroup")
 PARENT = "crucible-cluster"
 # On the host: the network between the nodes, and the relays into it.
 OUTSIDE = "outside"
-# In a node's cgroup, for version 2: a cgroup that has children may have no processes of its own.
-LEAF = "init"
 V1_CONTROLLERS = ("cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "systemd")
 V2_CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 
@@ -67,8 +66,7 @@ class Cgroup:
     @property
     def procs_files(self) -> list[Path]:
         """The files that a process writes its number to in order to be in this cgroup."""
-        leaf = (LEAF,) if self._version == 2 else ()
-        return [folder.joinpath(*leaf, "cgroup.procs") for folder in self._folders]
+        return [folder / "cgroup.procs" for folder in self._folders]
 
     def make(self) -> None:
         """Make it, with every controller; nothing happens if it is there already."""
@@ -81,19 +79,22 @@ class Cgroup:
                 folder.mkdir(exist_ok=True)
                 if top.name == "cpuset":
                     _inherit_cpuset(folder)
-            if self._version == 2:
-                (folder / LEAF).mkdir(exist_ok=True)
 
-    def move(self, *pids: int) -> None:
-        """Take processes in."""
-        for file in self.procs_files:
-            for pid in pids:
-                file.write_text(str(pid), encoding="ascii")
+    def move_into(self, name: str) -> Cgroup:
+        """Have the processes that are in it in a cgroup of this name below it, where what they start will be too; returns that.
 
-    def hand_on_controllers(self) -> None:
-        """Let the cgroups in it be limited, as a node's kubelet needs; the processes must be in the leaf by now."""
+        A machine's own services are so in `system.slice`: what a kubelet makes beside it shares the processors with all of them
+        together, not with each of their threads. Version 2 limits what is in a cgroup only if no process is in it directly.
+        """
+        inner = Cgroup(*self._path[1:], name, root=self._root)
+        for mine, its in zip(self._folders, inner._folders, strict=True):
+            its.mkdir(exist_ok=True)
+            if self._version == 1 and its.is_relative_to(self._root / "cpuset"):
+                _inherit_cpuset(its)
+            wait_for(partial(_move_all, mine, its), seconds=10, what=f"the processes of {mine} to move to {name}")
         if self._version == 2:
             _hand_on(self._folders[0])
+        return inner
 
     def pids(self) -> set[int]:
         """Return the processes in it and in the cgroups below."""
@@ -128,6 +129,15 @@ class Cgroup:
         for top in self._tops:
             with contextlib.suppress(OSError):
                 (top / PARENT).rmdir()
+
+
+def _move_all(source: Path, target: Path) -> bool:
+    """Move the processes of a cgroup; tells whether none was left. One that starts others meanwhile is caught the next time."""
+    pids = (source / "cgroup.procs").read_text(encoding="ascii").split()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            (target / "cgroup.procs").write_text(pid, encoding="ascii")
+    return not pids
 
 
 def _hand_on(folder: Path) -> None:

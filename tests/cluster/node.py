@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 DISK_BYTES = 20 * 1024**3
 BOOT_SECONDS = 60
+# The cgroup of the kubelet, containerd and their like, beside the Pods'.
+SERVICES_CGROUP = "services"
 VOLUMES = 8
 DOMAIN = "crucible.dev"
 NODE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -115,6 +117,10 @@ def _copy_tree(source: Path, target: Path, values: dict[str, str]) -> None:
             shutil.copy(file, to)
 
 
+def _in_cgroup(cgroup: Cgroup) -> list[str | Path]:
+    return [IN_CGROUP, *cgroup.procs_files, "--"]
+
+
 class NodeMachine:
     """The machine that a node is: what people would do with a power button, a cable and a shell."""
 
@@ -124,6 +130,7 @@ class NodeMachine:
         self._tools = tools
         self._state = state
         self._cgroup = Cgroup(cluster, state.name)
+        self._services = Cgroup(cluster, state.name, SERVICES_CGROUP)
 
     def make(self) -> None:
         """Make its disk, and all that will be on it when it first starts."""
@@ -202,7 +209,7 @@ class NodeMachine:
         self._cgroup.make()
         namespaces = ["--net", "--uts", "--ipc", "--mount", "--pid", "--cgroup"]
         unshare = ["unshare", *namespaces, "--fork", "--kill-child=SIGKILL", "--propagation", "private"]
-        command = [*self._in_cgroup, *unshare, FILES / "node-root", self._home, self._tools.path]
+        command = [*_in_cgroup(self._cgroup), *unshare, FILES / "node-root", self._home, self._tools.path]
         launcher = start(command, self._home / "log" / "node.log")
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
 
@@ -212,7 +219,8 @@ class NodeMachine:
             return children.read_text(encoding="ascii").split()
 
         wait_for(child, seconds=BOOT_SECONDS, what=f"node {self._state.name} to start")
-        self._cgroup.hand_on_controllers()
+        # It waits for its cable, so that its kubelet finds this done.
+        self._cgroup.move_into(SERVICES_CGROUP)
         return ProcessId.of(int(child()[0]))
 
     def wait_until_booted(self) -> None:
@@ -252,11 +260,7 @@ class NodeMachine:
         init = self._running()
         namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
         nsenter = ["nsenter", f"--target={init.number}", *namespaces, "--"]
-        return [*self._in_cgroup, *nsenter, "env", "-i", f"PATH={NODE_PATH}", "HOME=/root", *command]
-
-    @property
-    def _in_cgroup(self) -> list[str | Path]:
-        return [IN_CGROUP, *self._cgroup.procs_files, "--"]
+        return [*_in_cgroup(self._services), *nsenter, "env", "-i", f"PATH={NODE_PATH}", "HOME=/root", *command]
 
     def wait_for_socket(self, path: str, seconds: float) -> None:
         """Wait until a socket of the node's file system exists."""
