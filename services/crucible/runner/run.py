@@ -57,7 +57,6 @@ GATHER_SECONDS = 0.005
 # Longest wait for the runner to catch up when the code turns from one stream to the other.
 CATCH_UP_SECONDS = 0.05
 CATCH_UP_POLL_SECONDS = 0.00002
-REAP_SECONDS = 0.1
 WATCH_SECONDS = 0.02
 # The watch may use at most a twentieth of a processor, however many processes there are to look at.
 WATCH_SHARE = 20
@@ -559,7 +558,7 @@ class Run:
         self._counts = {STDOUT: 0, STDERR: 0}
         self._main = 0
         self._main_status: int | None = None
-        self._main_handle: int | None = None
+        self._child_ended = -1
         self._told = -1
         self._killed = 0
         self._status = ""
@@ -599,11 +598,14 @@ class Run:
             self._poller.register(descriptor, select.POLLIN)
         if self._plan.commands >= 0:
             self._poller.register(self._plan.commands, select.POLLIN)
-        try:
-            self._main_handle = os.pidfd_open(self._main)
-        except (AttributeError, OSError):  # not Linux, or one that lacks it
-            return
-        self._poller.register(self._main_handle, select.POLLIN)
+        # The end of any child wakes the poll. A process descriptor would tell of the code's end alone, and gVisor has none: there the
+        # runner of an idle evaluation asked so often that it took a twentieth of a processor.
+        self._child_ended, wakes = os.pipe()
+        for descriptor in (self._child_ended, wakes):
+            os.set_blocking(descriptor, False)
+        _signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+        _signal.signal(_signal.SIGCHLD, lambda *_: None)
+        self._poller.register(self._child_ended, select.POLLIN)
 
     # -- while it runs
 
@@ -615,6 +617,8 @@ class Run:
         """
         self._outbox.add(STARTED, self._started, 0, b"")
         self._outbox.send()
+        # What ended before we listened announces nothing.
+        self._look_after(monotonic())
         while not self._status:
             for descriptor, _ in self._poller.poll(self._patience_ms()):
                 self._attend(descriptor)
@@ -625,13 +629,11 @@ class Run:
 
     def _patience_ms(self) -> int:
         now = monotonic()
-        until = min(now + REAP_SECONDS, self._started + self._plan.timeout_seconds)
+        until = self._started + self._plan.timeout_seconds
         if self._watch:
             until = min(until, self._watch.next_look)
         if self._outbox.due is not None:
             until = min(until, self._outbox.due)
-        if self._main_handle is None:
-            until = min(until, now + GATHER_SECONDS)  # nothing announces the code's end: ask often
         return max(0, int((until - now) * 1000) + 1)
 
     def _attend(self, descriptor: int) -> None:
@@ -639,6 +641,8 @@ class Run:
             self._read(descriptor)
         elif descriptor == self._plan.commands:
             self._obey()
+        elif descriptor == self._child_ended:
+            os.read(descriptor, READ_BYTES)
         # The code's end, and room in the outbox, are seen to on every turn.
 
     def _read(self, descriptor: int) -> bool:
@@ -835,9 +839,17 @@ def prepare_namespace() -> None:
     """Have the next child of this process be PID 1 of a PID namespace of its own. The user namespace with it allows that to anyone."""
     user, group = os.getuid(), os.getgid()
     call_kernel("unshare", CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS)
-    for name, number in (("uid_map", user), ("gid_map", group)):
-        with open(f"/proc/self/{name}", "w") as numbers:  # noqa: PTH123 - pathlib is a slow import
-            numbers.write(f"{number} {number} 1")
+    # A group may be mapped only by who can never change groups again; gVisor before June 2026 neither asked for that nor had the file.
+    if os.access("/proc/self/setgroups", os.F_OK):
+        write_file("/proc/self/setgroups", "deny")
+    write_file("/proc/self/uid_map", f"{user} {user} 1")
+    write_file("/proc/self/gid_map", f"{group} {group} 1")
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a small file of /proc, in one piece."""
+    with open(path, "w") as file:  # noqa: PTH123 - pathlib is a slow import
+        file.write(text)
 
 
 def settle_in_namespace() -> None:
