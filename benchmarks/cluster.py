@@ -26,11 +26,11 @@ from crucible.frames import Kind, LineDecoder
 from crucible.kubernetes.api import CONFIG_MAPS, JOBS, NAMESPACES, PODS, KubernetesApi, from_kubeconfig
 from crucible.kubernetes.reflector import Change, Reflector
 from crucible.limits import Limits
-from crucible.names import CONTAINER, PLATFORM_NAMESPACE
+from crucible.names import CONTAINER
 from crucible.settings import KubernetesSettings
 from tests.cluster import open_cluster
-from tests.deployment.deploy import Deployed, deploy
-from tests.deployment.target import find_target
+from tests.deployment import build, deploy, find_target
+from tests.support.deployed import WORKER, DeployedPlatform
 from tests.support.images import built_image
 from tests.support.platform import Client, connect
 from tests.support.waits import wait_for
@@ -39,12 +39,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from crucible.kubernetes.api import Object
-    from tests.cluster import Cluster
 
 NAMESPACE = "bench"
 PROGRAMS = Path(__file__).parent / "cluster_programs"
 LIMITS = Limits()
-# As many as the local overlay gives its worker: both sides keep so many sandboxes under way.
+# Both sides keep so many sandboxes under way.
 AT_ONCE = 16
 HELLO = "print('hello')"
 _END_SECONDS = 300.0
@@ -159,7 +158,7 @@ async def platform_rate(client: Client, count: int) -> float:
     response = await client.http.post("/v1/evaluations/batch", json=body)
     response.raise_for_status()
     ids = [item["evaluation"]["id"] for item in response.json()["items"]]
-    results = await wait_for(client, ids, seconds=_END_SECONDS)
+    results = await wait_for(client, ids, simple=True, seconds=_END_SECONDS)
     if any(result.status != "completed" for result in results):
         raise RuntimeError(f"evaluations failed: {[result.status for result in results]}")
     return count / (time.perf_counter() - began)
@@ -216,11 +215,11 @@ async def read_p95(client: Client, name: str) -> float:
     return percentile(seconds, 0.95)
 
 
-async def compare_backlog(cluster: Cluster, client: Client, waiting: int) -> list[Figure]:
+async def compare_backlog(platform: DeployedPlatform, client: Client, waiting: int) -> list[Figure]:
     """Measure how long it takes to read an evaluation beside an empty queue, and beside a very long one."""
     name = (await client.run(HELLO))["id"]
     # What waits must go on waiting. This is the last figure that is taken.
-    cluster.kubectl("scale", "deployment/crucible-worker", "--namespace", PLATFORM_NAMESPACE, "--replicas=0")
+    platform.kubectl("scale", WORKER, "--replicas=0")
     await read_p95(client, name)
     empty = await read_p95(client, name)
     for _ in range(0, waiting, _BATCH):
@@ -268,12 +267,16 @@ def _beside(what: str, runc: float, gvisor: float) -> Figure:
 
 
 @contextmanager
-def deployed() -> Iterator[tuple[Cluster, Deployed]]:
-    """Give a cluster with the platform on it, for as long as the block lasts."""
+def deployed() -> Iterator[DeployedPlatform]:
+    """Give a platform on a cluster of its own, for as long as the block lasts."""
     cluster = open_cluster(f"bench-{os.getpid()}")
     try:
         cluster.up(say)
-        yield cluster, deploy(find_target(cluster=cluster), say=say)
+        images = build()
+        found = deploy(find_target(cluster=cluster), built=images, say=say)
+        platform = DeployedPlatform(cluster, found.url, found.api_key, images)
+        with platform.slots(AT_ONCE):
+            yield platform
     finally:
         cluster.down()
 
@@ -283,10 +286,10 @@ def say(what: str) -> None:
     print(f"bench: {what}", file=sys.stderr)
 
 
-async def measure(cluster: Cluster, platform: Deployed, arguments: argparse.Namespace) -> list[Figure]:
+async def measure(platform: DeployedPlatform, arguments: argparse.Namespace) -> list[Figure]:
     """Take every figure."""
     async with (
-        KubernetesApi(from_kubeconfig(cluster.kubeconfig)) as api,
+        KubernetesApi(from_kubeconfig(platform.cluster.kubeconfig)) as api,
         BareJobs(api, built_image("runner").reference) as jobs,
         connect(platform.url, platform.api_key) as client,
     ):
@@ -295,7 +298,7 @@ async def measure(cluster: Cluster, platform: Deployed, arguments: argparse.Name
         say("gVisor beside runc")
         figures += await compare_runtimes(jobs, arguments.repeats)
         say("reading while very many wait")
-        return figures + await compare_backlog(cluster, client, arguments.waiting)
+        return figures + await compare_backlog(platform, client, arguments.waiting)
 
 
 def main() -> None:
@@ -306,8 +309,8 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=15_000, help="how many wait while one is read")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
-    with deployed() as (cluster, platform):
-        figures = asyncio.run(measure(cluster, platform, arguments))
+    with deployed() as platform:
+        figures = asyncio.run(measure(platform, arguments))
     show(figures, as_json=arguments.json)
 
 

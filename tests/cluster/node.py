@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from tests.cluster.machine import Tools
     from tests.cluster.state import Home, NodeState
 
-DISK_BYTES = 20 * 1024**3
+# A sparse file. What a sandbox may write is set aside for it: 150 of the smallest on two nodes take this much.
+DISK_BYTES = 48 * 1024**3
 BOOT_SECONDS = 60
 # The cgroup of the kubelet, containerd and their like, beside the Pods'.
 SERVICES_CGROUP = "services"

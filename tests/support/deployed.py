@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -12,11 +14,13 @@ from crucible.names import PLATFORM_NAMESPACE
 from tests.support.waits import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tests.cluster import Cluster
     from tests.deployment import Image
 
+WORKER = "deployment/crucible-worker"
+_ROLLOUT_SECONDS = 120
 _NAMESPACE = f"--namespace={PLATFORM_NAMESPACE}"
 
 
@@ -87,6 +91,21 @@ class DeployedPlatform:
     def kubectl(self, *arguments: str) -> str:
         """Run kubectl on the platform's namespace."""
         return self.cluster.kubectl(_NAMESPACE, *arguments)
+
+    @contextmanager
+    def slots(self, count: int) -> Iterator[None]:
+        """Give the workers so many slots together for as long as the block lasts."""
+        workers = int(self.kubectl("get", WORKER, "-o", "jsonpath={.spec.replicas}"))
+
+        def set_to(value: str) -> None:
+            self.kubectl("set", "env", WORKER, f"CRUCIBLE_WORKER__SLOTS{value}")
+            self.rolled_out(WORKER, timeout=_ROLLOUT_SECONDS)
+
+        set_to(f"={math.ceil(count / workers)}")
+        try:
+            yield
+        finally:
+            set_to("-")
 
     def objects(self, kind: str) -> list[dict[str, Any]]:
         """Return the platform's objects of a kind."""
