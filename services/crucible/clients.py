@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
@@ -13,7 +14,7 @@ from crucible.frames import Frame, decode_all, encode_all
 from crucible.resilience import ServiceCaller
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from datetime import datetime
 
     ASGIApp = Any
@@ -22,6 +23,10 @@ M = TypeVar("M", bound=BaseModel)
 # Longer than any long-poll; everything else is bounded by the server's own work.
 _READ_TIMEOUT_S = 90.0
 _CONNECT_TIMEOUT_S = 2.0
+# A peer whose machine has lost its power or its network says nothing, ever. The kernel asks it now and then, also while a long-poll
+# waits, and ends the connection within 9 s: in time to ask a living replica before a lease of 30 s is over.
+_PROBE_AFTER_S, _PROBE_EVERY_S, _PROBES = 3, 2, 3
+_SILENT_S = _PROBE_AFTER_S + _PROBE_EVERY_S * _PROBES
 
 
 def http_client(base: str | ASGIApp, token: str) -> httpx.AsyncClient:
@@ -34,7 +39,8 @@ def http_client(base: str | ASGIApp, token: str) -> httpx.AsyncClient:
     timeout = httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
     headers = {"Authorization": f"Bearer {token}"}
     if isinstance(base, str):
-        return httpx.AsyncClient(base_url=base, timeout=timeout, headers=headers)
+        transport = httpx.AsyncHTTPTransport(socket_options=list(_notice_silence()))
+        return httpx.AsyncClient(transport=transport, base_url=base, timeout=timeout, headers=headers)
     # raise_app_exceptions off: an error inside the app is a 500 to the caller, as it would be over the network.
     return httpx.AsyncClient(
         transport=httpx.ASGITransport(base, raise_app_exceptions=False),
@@ -42,6 +48,19 @@ def http_client(base: str | ASGIApp, token: str) -> httpx.AsyncClient:
         timeout=timeout,
         headers=headers,
     )
+
+
+def _notice_silence() -> Iterator[tuple[int, int, int]]:
+    yield socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+    # All of them on Linux; elsewhere some have no name, and the system's own patience holds.
+    for name, value in (
+        ("TCP_KEEPIDLE", _PROBE_AFTER_S),
+        ("TCP_KEEPINTVL", _PROBE_EVERY_S),
+        ("TCP_KEEPCNT", _PROBES),
+        ("TCP_USER_TIMEOUT", _SILENT_S * 1000),
+    ):
+        if option := getattr(socket, name, None):
+            yield socket.IPPROTO_TCP, option, value
 
 
 def _json(model: BaseModel) -> dict[str, Any]:
