@@ -22,7 +22,7 @@ from benchmarks.figures import Figure, percentile, show
 from crucible.contracts import SandboxRequest
 from crucible.dispatcher.kubernetes.manifest import sandbox_objects
 from crucible.evaluation import EvaluationRequest, make_evaluation_id, resolve
-from crucible.frames import Kind, LineDecoder
+from crucible.frames import Frame, Kind, LineDecoder
 from crucible.kubernetes.api import CONFIG_MAPS, JOBS, NAMESPACES, PODS, KubernetesApi, from_kubeconfig
 from crucible.kubernetes.reflector import Change, Reflector
 from crucible.limits import Limits
@@ -33,7 +33,7 @@ from tests.deployment import build, deploy, find_target
 from tests.support.deployed import WORKER, DeployedPlatform
 from tests.support.images import built_image
 from tests.support.platform import Client, connect
-from tests.support.waits import wait_for
+from tests.support.waits import wait_for, wait_until_async
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,8 +117,21 @@ class BareJobs:
 
     async def output(self, job: str) -> str:
         """Return what the code of a Job that has ended wrote to its standard output."""
-        frames = LineDecoder().feed(await self._log(job))
-        return b"".join(frame.payload for frame in frames if frame.kind is Kind.STDOUT).decode()
+        frames: list[Frame] = []
+
+        async def whole() -> bool:
+            # A Job may be complete before its node has written the last of its log.
+            frames[:] = LineDecoder().feed(await self._log(job))
+            return bool(frames) and frames[-1].kind is Kind.REPORT
+
+        await wait_until_async(whole, timeout=10, describe=f"the log of {job} to be whole")
+        said, complained = (
+            b"".join(frame.payload for frame in frames if frame.kind is kind).decode()
+            for kind in (Kind.STDOUT, Kind.STDERR)
+        )
+        if not said:
+            raise RuntimeError(f"the code of {job} wrote nothing: {complained or frames[-1].payload.decode()}")
+        return said
 
 
 def _bare(job: Object, runtime: Runtime) -> Object:
