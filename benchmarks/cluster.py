@@ -143,8 +143,11 @@ def _bare(job: Object, runtime: Runtime) -> Object:
     if runtime.runtime_class is None:
         del pod["spec"]["runtimeClassName"]
         container = pod["spec"]["containers"][0]
-        # What the runner does for itself under gVisor needs system calls that the runtime's filter refuses under runc.
-        container["args"] = [word for word in container["args"] if not word.startswith("pid_namespace=")]
+        # What the runner does for itself under gVisor needs system calls that the runtime's filter refuses under runc, and its limit on
+        # processes counts there all of the same user on the node, the platform's own too.
+        container["args"] = [
+            word for word in container["args"] if not word.startswith(("pid_namespace=", "processes="))
+        ]
     return job
 
 
