@@ -309,12 +309,19 @@ async def measure(platform: DeployedPlatform, arguments: argparse.Namespace) -> 
         BareJobs(api, built_image("runner").reference) as jobs,
         connect(platform.url, platform.api_key) as client,
     ):
-        say("the platform beside bare Jobs")
-        figures = await compare_platform(jobs, client, arguments.evaluations, arguments.repeats)
-        say("gVisor beside runc")
-        figures += await compare_runtimes(jobs, arguments.repeats)
-        say("reading while very many wait")
-        return figures + await compare_backlog(platform, client, arguments.waiting)
+        figures: list[Figure] = []
+        for what, taken in (
+            ("the platform beside bare Jobs", compare_platform(jobs, client, arguments.evaluations, arguments.repeats)),
+            ("gVisor beside runc", compare_runtimes(jobs, arguments.repeats)),
+            ("reading while very many wait", compare_backlog(platform, client, arguments.waiting)),
+        ):
+            say(what)
+            new = await taken
+            figures += new
+            # It takes a quarter of an hour: what is known is told, whatever becomes of the rest.
+            for each in new:
+                say(f"{each.name}: {each.value}, {each.reference}, {each.ratio}")
+        return figures
 
 
 def main() -> None:
