@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -310,13 +311,16 @@ async def measure(platform: DeployedPlatform, arguments: argparse.Namespace) -> 
         connect(platform.url, platform.api_key) as client,
     ):
         figures: list[Figure] = []
-        for what, taken in (
-            ("the platform beside bare Jobs", compare_platform(jobs, client, arguments.evaluations, arguments.repeats)),
-            ("gVisor beside runc", compare_runtimes(jobs, arguments.repeats)),
-            ("reading while very many wait", compare_backlog(platform, client, arguments.waiting)),
+        for what, take in (
+            (
+                "the platform beside bare Jobs",
+                partial(compare_platform, jobs, client, arguments.evaluations, arguments.repeats),
+            ),
+            ("gVisor beside runc", partial(compare_runtimes, jobs, arguments.repeats)),
+            ("reading while very many wait", partial(compare_backlog, platform, client, arguments.waiting)),
         ):
             say(what)
-            new = await taken
+            new = await take()
             figures += new
             # It takes a quarter of an hour: what is known is told, whatever becomes of the rest.
             for each in new:
