@@ -32,7 +32,7 @@ MANIFEST = Path(__file__).with_name("manifests") / "images.yaml"
 NAMESPACE = "images-check"
 MEGABYTE = 1_000_000
 # What an image may weigh unpacked, in megabytes.
-LIMITS = {"service": 200, "runner": 120, "gvisor-installer": 150, "postgres": 120, "rabbitmq": 180, "redis": 90}
+LIMITS = {"service": 200, "runner": 120, "gvisor-installer": 200, "postgres": 120, "rabbitmq": 180, "redis": 90}
 # It writes to folders of a node that belong to root.
 ROOTS = {"gvisor-installer"}
 INSTALLERS = re.compile(r"(pip|apt|dpkg|rpm|apk|gem|npm|uv|conda|easy_install)[-\d.]*")
