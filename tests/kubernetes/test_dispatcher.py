@@ -424,7 +424,7 @@ async def test_capacity_follows_the_nodes(bench: Bench) -> None:
 
 async def test_only_so_many_start_at_a_time_and_all_are_made(bench: Bench) -> None:
     settings = bench.settings.model_copy(update={"starting_per_node": 1})
-    ids = [new_id() for _ in range(8)]
+    ids = [new_id() for _ in range(5)]
     async with AsyncExitStack() as stack:
         api = await stack.enter_async_context(KubernetesApi.from_settings(settings))
         _, client = await stack.enter_async_context(serving(api, settings))
