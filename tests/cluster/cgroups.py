@@ -80,21 +80,19 @@ class Cgroup:
                 if top.name == "cpuset":
                     _inherit_cpuset(folder)
 
-    def move_into(self, name: str) -> Cgroup:
-        """Have the processes that are in it in a cgroup of this name below it, where what they start will be too; returns that.
+    def move_into(self, inner: Cgroup) -> None:
+        """Have the processes that are in it in a cgroup right below it, which it makes; what they start will be there too.
 
         A machine's own services are so in `system.slice`: what a kubelet makes beside it shares the processors with all of them
         together, not with each of their threads. Version 2 limits what is in a cgroup only if no process is in it directly.
         """
-        inner = Cgroup(*self._path[1:], name, root=self._root)
         for mine, its in zip(self._folders, inner._folders, strict=True):
             its.mkdir(exist_ok=True)
             if self._version == 1 and its.is_relative_to(self._root / "cpuset"):
                 _inherit_cpuset(its)
-            wait_for(partial(_move_all, mine, its), seconds=10, what=f"the processes of {mine} to move to {name}")
+            wait_for(partial(_move_all, mine, its), seconds=10, what=f"the processes of {mine} to move to {its}")
         if self._version == 2:
             _hand_on(self._folders[0])
-        return inner
 
     def pids(self) -> set[int]:
         """Return the processes in it and in the cgroups below."""

@@ -221,7 +221,7 @@ class NodeMachine:
 
         wait_for(child, seconds=BOOT_SECONDS, what=f"node {self._state.name} to start")
         # It waits for its cable, so that its kubelet finds this done.
-        self._cgroup.move_into(SERVICES_CGROUP)
+        self._cgroup.move_into(self._services)
         return ProcessId.of(int(child()[0]))
 
     def wait_until_booted(self) -> None:

@@ -51,14 +51,16 @@ def network() -> Iterator[NamespaceNetwork]:
 def server(network: NamespaceNetwork) -> Iterator[str]:
     """The URL of a service with a network of its own."""
     process = subprocess.Popen(["unshare", "--net", sys.executable, "-I", "-S", "-c", SERVER])
-    own = Path("/proc/self/ns/net").readlink()
-    wait_until(lambda: Path(f"/proc/{process.pid}/ns/net").readlink() != own, timeout=10, describe="its network")
-    network.connect(1, process.pid)
-    url = f"http://{network.client_address(1)}:{PORT}"
-    wait_until(lambda: httpx.get(url, trust_env=False), timeout=10, describe="it", tolerate=(httpx.HTTPError,))
-    yield url
-    process.kill()
-    process.wait()
+    try:
+        own = Path("/proc/self/ns/net").readlink()
+        wait_until(lambda: Path(f"/proc/{process.pid}/ns/net").readlink() != own, timeout=10, describe="its network")
+        network.connect(1, process.pid)
+        url = f"http://{network.client_address(1)}:{PORT}"
+        wait_until(lambda: httpx.get(url, trust_env=False), timeout=10, describe="it", tolerate=(httpx.HTTPError,))
+        yield url
+    finally:
+        process.kill()
+        process.wait()
 
 
 @needs("network namespaces")

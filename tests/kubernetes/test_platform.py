@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.deployment import deploy, find_target
+from tests.support.deployed import WORKER
 from tests.support.waits import wait_until
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ PATIENCE = 120
 @pytest.fixture
 def no_workers(platform: DeployedPlatform) -> Iterator[DeployedPlatform]:
     """The platform while nothing takes evaluations from the broker; afterwards as many do as before."""
-    platform.kubectl("scale", "deployment/crucible-worker", "--replicas=0")
+    platform.kubectl("scale", WORKER, "--replicas=0")
     wait_until(lambda: not platform.pods("worker"), timeout=PATIENCE, describe="the workers to go")
     try:
         yield platform
     finally:
-        platform.kubectl("set", "env", "deployment/crucible-worker", "CRUCIBLE_WORKER__SLOTS-")
-        platform.kubectl("scale", "deployment/crucible-worker", f"--replicas={REPLICAS['worker']}")
-        platform.rolled_out("deployment/crucible-worker", timeout=PATIENCE)
+        platform.kubectl("set", "env", WORKER, "CRUCIBLE_WORKER__SLOTS-")
+        platform.kubectl("scale", WORKER, f"--replicas={REPLICAS['worker']}")
+        platform.rolled_out(WORKER, timeout=PATIENCE)
 
 
 def test_a_person_submits_with_the_command_and_the_code_runs_under_gvisor(platform: DeployedPlatform) -> None:
@@ -80,8 +81,8 @@ def test_what_waits_in_rabbitmq_is_taken_in_strict_order_of_priority(no_workers:
     platform = no_workers
     priorities = [2, 9, 5, 0, 7, 10]
     by_id = {platform.submit("pass", priority=priority): priority for priority in priorities}
-    platform.kubectl("set", "env", "deployment/crucible-worker", "CRUCIBLE_WORKER__SLOTS=1")
-    platform.kubectl("scale", "deployment/crucible-worker", "--replicas=1")
+    platform.kubectl("set", "env", WORKER, "CRUCIBLE_WORKER__SLOTS=1")
+    platform.kubectl("scale", WORKER, "--replicas=1")
     records = platform.all_ended(list(by_id), timeout=PATIENCE)
     assert {record["state"] for record in records} == {"completed"}
 
@@ -96,7 +97,7 @@ def test_a_node_of_rabbitmq_goes_while_evaluations_wait_and_none_is_lost(no_work
     platform = no_workers
     waiting = [platform.submit(f"print({number})") for number in range(10)]
     platform.kubectl("delete", "pod", "rabbitmq-0", "--grace-period=0", "--force")
-    platform.kubectl("scale", "deployment/crucible-worker", f"--replicas={REPLICAS['worker']}")
+    platform.kubectl("scale", WORKER, f"--replicas={REPLICAS['worker']}")
     records = platform.all_ended(waiting, timeout=PATIENCE)
     assert [(record["state"], record["exit_code"]) for record in records] == [("completed", 0)] * 10
     assert [platform.output(evaluation) for evaluation in waiting] == [f"{number}\n" for number in range(10)]

@@ -114,15 +114,19 @@ def lose_the_leader(platform: DeployedPlatform) -> None:
     assert took < FAIL_OVER_SECONDS
 
 
+async def events_of(client: Client, name: str) -> list[dict[str, Any]]:
+    return list((await client.http.get(f"/v1/evaluations/{name}/events")).json()["events"])
+
+
 async def history(client: Client, name: str) -> list[str]:
     """What happened to an evaluation, a line each."""
-    events = (await client.http.get(f"/v1/evaluations/{name}/events")).json()["events"]
+    events = await events_of(client, name)
     return [f"{event['at']} {event['type']} {event['reason'] or ''} {event['detail'] or ''}" for event in events]
 
 
 async def ran_again(client: Client, name: str, output: bytes) -> bool:
     """Whether an evaluation took more than one attempt; its history and output must be those of one that ended once."""
-    events = (await client.http.get(f"/v1/evaluations/{name}/events")).json()["events"]
+    events = await events_of(client, name)
     types = [event["type"] for event in events]
     assert sum(kind in TERMINAL_STATES for kind in types) == 1, types
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))

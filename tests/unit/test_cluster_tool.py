@@ -105,13 +105,15 @@ def fake_v2(root: Path) -> Path:
 
 def test_under_cgroup_v2_controllers_are_handed_on_once_no_process_is_in_the_way(tmp_path: Path):
     root = fake_v2(tmp_path / "v2")
-    cgroup = Cgroup("x", "w1", root=root)
+    cgroup, services = Cgroup("x", "w1", root=root), Cgroup("x", "w1", "services", root=root)
     cgroup.make()
     top = root / "crucible-cluster"
     assert cgroup.procs_files == [top / "x/w1/cgroup.procs"]
     assert not (top / "x/w1/cgroup.subtree_control").exists()
     cgroup.procs_files[0].write_text("", encoding="ascii")
-    assert cgroup.move_into("services").procs_files == [top / "x/w1/services/cgroup.procs"]
+    cgroup.move_into(services)
+    assert services.procs_files == [top / "x/w1/services/cgroup.procs"]
+    assert services.procs_files[0].parent.is_dir()
     for folder in (root, top, top / "x", top / "x/w1"):
         assert (folder / "cgroup.subtree_control").read_text(encoding="ascii") == "+cpu +cpuset +io +memory +pids"
 
