@@ -193,7 +193,10 @@ async def test_many_at_once_lose_a_dispatcher_the_leader_and_a_node_and_none_is_
         results = await wait_for(client, ids, simple=True, seconds=PATIENCE_SECONDS)
 
     unwell = [name for name, result in zip(ids, results, strict=True) if result.status != "completed"]
-    assert not unwell, [await history(client, name) for name in unwell]
+    for name in unwell:
+        # pytest cuts what an assertion says, and this is what one needs to know why.
+        print(name, *await history(client, name), sep="\n    ")
+    assert not unwell
     again = [await ran_again(client, name, f"mark {number}\n".encode()) for number, name in enumerate(ids)]
     print(f"{sum(again)} of {AT_ONCE} ran again, each saying why")
     wait_until(lambda: jobs() == 0, timeout=90, poll=0.5, describe="every Job to be cleaned up")

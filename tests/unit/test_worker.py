@@ -151,15 +151,46 @@ async def test_a_sandbox_that_is_refused_ends_the_attempt_with_the_clusters_word
 NO_ANSWER = CallFailedError("dispatcher", "no connection")
 
 
-@pytest.mark.parametrize(
-    "silence",
-    [
-        NO_ANSWER,
-        refusal("unavailable", 503),
-        refusal("cluster-unavailable", 424),
-        CallFailedError("d", "x", status=502),
-    ],
-)
+SILENCES = [
+    NO_ANSWER,
+    refusal("unavailable", 503),
+    refusal("cluster-unavailable", 424),
+    CallFailedError("d", "x", status=502),
+    # While calls are held back, no service has said anything.
+    CallFailedError("d", "is not answering; calls are held back for a moment", status=503),
+]
+
+
+@pytest.mark.parametrize("silence", SILENCES)
+async def test_a_dispatcher_that_is_replaced_while_it_makes_a_sandbox_is_asked_again(silence: CallFailedError) -> None:
+    storage, dispatcher = ScriptedStorage(), ScriptedDispatcher(silence, silence, ends_by_itself=True)
+    await see_through(storage, dispatcher)
+    assert dispatcher.created == [NAME]
+    assert (storage.finished, storage.released) == ([], [])
+
+
+@pytest.mark.parametrize("made", [True, False])
+async def test_what_may_have_been_made_is_ended_when_it_is_cancelled_before_an_answer(made: bool) -> None:
+    class Mute(ScriptedDispatcher):
+        async def create(self, *_: object) -> c.SandboxStatus:
+            raise NO_ANSWER
+
+        async def stop(self, evaluation_id: str, reason: Reason, *, attempt: int) -> None:
+            await super().stop(evaluation_id, reason, attempt=attempt)
+            if not made:
+                raise refusal("not-found", 404)
+
+    storage, dispatcher = ScriptedStorage(), Mute()
+    await see_through(
+        storage,
+        dispatcher,
+        lambda held: asyncio.get_running_loop().call_later(0.02, held.release, Reason.CANCELLED_BY_USER),
+    )
+    assert dispatcher.stopped == [Reason.CANCELLED_BY_USER]
+    assert [finish.outcome.reason for finish in storage.finished] == [Reason.CANCELLED_BY_USER]
+
+
+@pytest.mark.parametrize("silence", SILENCES)
 async def test_a_dispatcher_that_is_replaced_is_no_news_of_a_sandbox_that_outlives_it(silence: CallFailedError) -> None:
     storage, dispatcher = ScriptedStorage(), ScriptedDispatcher(durable=True, ends_by_itself=True)
     dispatcher.silences = [silence]
@@ -278,6 +309,23 @@ async def test_a_lease_that_is_refused_ends_the_sandbox(answer: c.LeaseAnswer, r
     await settle(lambda: dispatcher.stopped)
     assert dispatcher.stopped == [reason]
     assert storage.renewed[0].held == [c.Held(evaluation_id=NAME, attempt=1)]
+    await worker.drain()
+
+
+async def test_a_renewal_that_failed_does_not_wait_for_its_turn_again() -> None:
+    tried: list[float] = []
+
+    class Deaf(ScriptedStorage):
+        async def renew(self, renewal: c.LeaseRenewal) -> c.LeaseAnswer:
+            tried.append(asyncio.get_running_loop().time())
+            raise CallFailedError("storage", "no connection")
+
+    held = claim().model_copy(update={"lease_seconds": 0.6})
+    worker = make_worker(Deaf(held), ScriptedDispatcher())
+    await worker.start()
+    await settle(lambda: len(tried) == 3)
+    # A third of the lease is a renewal's turn.
+    assert tried[2] - tried[0] < held.lease_seconds / 3
     await worker.drain()
 
 

@@ -31,6 +31,8 @@ log = logs.get_logger("worker")
 # Of the small slots: what medium and large ones may hold besides. A large one weighs as much as four small ones.
 _SHARE = {SizeClass.SMALL: 1, SizeClass.MEDIUM: 2, SizeClass.LARGE: 4}
 _LEASE_SECONDS = 30.0
+# Once a renewal has failed, which itself may take a third of a lease, the next one cannot wait for its turn.
+_RENEWALS_PER_LEASE, _TRIES_PER_LEASE = 3, 30
 
 
 def slots_per_class(settings: WorkerSettings) -> dict[SizeClass, int]:
@@ -155,9 +157,10 @@ class Holding:
             log.warning("gave up on an attempt; it will be queued again", attempt=held.claim.attempt, error=str(error))
 
     async def _keep_leases(self) -> None:
+        failed = False
         while True:
             await self._some_held.wait()
-            await asyncio.sleep(self._lease_seconds / 3)
+            await asyncio.sleep(self._lease_seconds / (_TRIES_PER_LEASE if failed else _RENEWALS_PER_LEASE))
             held = [c.Held(evaluation_id=name, attempt=one.claim.attempt) for name, one in self._held.items()]
             if not held:
                 self._some_held.clear()
@@ -165,8 +168,10 @@ class Holding:
             try:
                 answer = await self._storage.renew(c.LeaseRenewal(worker=self.instance, held=held))
             except CallFailedError as error:
+                failed = True
                 log.warning("renewing leases failed; trying again", error=str(error))
                 continue
+            failed = False
             for name in answer.lost:
                 self._let_go(name, Reason.NODE_LOST)
             for name in answer.cancelled:

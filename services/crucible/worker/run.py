@@ -15,6 +15,7 @@ import contextlib
 import math
 import random
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from crucible import contracts as c
@@ -73,7 +74,11 @@ class EvaluationRunner:
             await self._await_end(held, durable=sandbox.durable)
 
     async def _create(self, held: Held) -> c.SandboxStatus | None:
-        """Have the sandbox made, waiting for room for as long as it takes. None if the attempt ended without one."""
+        """Have the sandbox made, waiting for room and for an answer as long as it takes. None if the attempt ended without one.
+
+        Asking again is harmless: a sandbox that was made already is found. To give up would cost the evaluation one of its attempts for
+        nothing but a dispatcher that was replaced.
+        """
         claim = held.claim
         request = c.SandboxRequest(
             attempt=claim.attempt,
@@ -83,17 +88,36 @@ class EvaluationRunner:
             traceparent=claim.traceparent,
         )
         pause = _BACKOFF_FIRST_S
+        perhaps_made = False
         while not held.let_go.done():
             try:
                 return await self._dispatcher.create(claim.evaluation_id, request)
             except CallFailedError as error:
-                if error.slug not in _WAITING_SLUGS:
+                if not _passes(error):
                     await self._take_refusal(held, error)
                     return None
+                if error.slug not in _WAITING_SLUGS:
+                    perhaps_made = True
+                    log.info("no word of a new sandbox; asking again", error=str(error))
             await _pause(held, pause)
             pause = min(pause * 2, _BACKOFF_MAX_S)
+        if perhaps_made:
+            await self._stop_if_made(held)
         await self._end_without_sandbox(held)
         return None
+
+    async def _stop_if_made(self, held: Held) -> None:
+        try:
+            await self._patiently(held, self._stopping(held), durable=True)
+        except CallFailedError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+
+    def _stopping(self, held: Held) -> Callable[[], Awaitable[object]]:
+        """Return the call that ends the sandbox of an attempt that is to be let go, for the reason that it is."""
+        return partial(
+            self._dispatcher.stop, held.claim.evaluation_id, held.let_go.result(), attempt=held.claim.attempt
+        )
 
     async def _take_refusal(self, held: Held, error: CallFailedError) -> None:
         """Record that there will be no sandbox, if that is what the dispatcher said."""
@@ -119,18 +143,15 @@ class EvaluationRunner:
                 await self._finish(held, reason, "cancelled on request while it waited for room")
 
     async def _await_end(self, held: Held, *, durable: bool) -> None:
-        claim = held.claim
         waiting = asyncio.ensure_future(self._wait(held, durable=durable))
         try:
             either: list[asyncio.Future[Any]] = [waiting, held.let_go]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
-                reason = held.let_go.result()
-                stop = partial(self._dispatcher.stop, claim.evaluation_id, reason, attempt=claim.attempt)
-                await self._patiently(held, stop, durable=durable)
+                await self._patiently(held, self._stopping(held), durable=durable)
             await waiting
         except CallFailedError as error:
-            if error.status != 404:
+            if error.status != HTTPStatus.NOT_FOUND:
                 raise
             # The dispatcher was replaced while the sandbox ran, or the sandbox was removed: its result will never come.
             await self._finish(held, Reason.NODE_LOST, "the dispatcher no longer knows the sandbox")
@@ -151,11 +172,10 @@ class EvaluationRunner:
             try:
                 return await call()
             except CallFailedError as error:
-                passes = error.status in _PASSING_STATUSES or error.slug in _WAITING_SLUGS
                 now = asyncio.get_running_loop().time()
                 if held.let_go.done():
                     leave = min(leave, now + _LEAVE_SECONDS)
-                if not durable or not passes or now >= leave:
+                if not durable or not _passes(error) or now >= leave:
                     raise
                 log.info(
                     "no word of the sandbox; asking again", evaluation_id=held.claim.evaluation_id, error=str(error)
@@ -167,6 +187,11 @@ class EvaluationRunner:
         outcome = Outcome(state=terminal_state_of(reason), reason=reason, detail=detail)
         finish = c.Finish(attempt=held.claim.attempt, actor=self._worker, outcome=outcome)
         await _unless_stale(self._storage.finish(held.claim.evaluation_id, finish))
+
+
+def _passes(error: CallFailedError) -> bool:
+    """Whether a call failed for a reason that is over by itself, and says nothing about the sandbox."""
+    return error.status in _PASSING_STATUSES or error.slug in _WAITING_SLUGS
 
 
 def _jittered(pause: float) -> float:
