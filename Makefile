@@ -66,7 +66,7 @@ test-unit: setup-dev ## Pure and in-process tests: no network, no server, under 
 
 .PHONY: test-integration
 test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
-	$(PYTEST) tests/integration --junitxml=reports/integration.xml
+	$(PYTEST) tests/integration --numprocesses 2 --junitxml=reports/integration.xml
 
 .PHONY: test-cluster
 test-cluster: cluster-tools ## Tests on a real Kubernetes cluster of three nodes, brought up for them; takes root

@@ -1,19 +1,49 @@
-"""What integration tests share: scratch folders, fresh databases, and real servers that start when the first test asks for one."""
+"""What integration tests share: scratch folders, fresh databases, and real servers that start when the first test asks for one.
+
+Most of these tests wait for a server or for a time to pass, so two processes run them (`pytest --numprocesses 2`), a file at a time and
+each with servers of its own. Those that make a load of their own and judge how fast it is carried come first and one after another.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.support.folders import scratch_dir
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
+
+    from xdist.remote import Producer
 
     from tests.servers.rabbitmq import RabbitCluster
     from tests.servers.redis import RedisServer
+
+LOADS = {"test_storm.py", "test_worker_celery.py", "test_priority_under_load.py", "test_kill_nine.py"}
+
+
+class OneLoadAtATime(LoadFileScheduling):
+    """Gives each process a file at a time, and all of `LOADS` to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "loads" if Path(file).name in LOADS else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneLoadAtATime:
+    """Decide how several processes share the tests."""
+    # By the number of a file's tests, which is its default, the longest would come last, when nothing is left to run beside them.
+    config.option.loadscopereorder = False
+    return OneLoadAtATime(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what takes longest come first."""
+    items.sort(key=lambda item: (item.path.name not in LOADS, item.get_closest_marker("slow") is None))
 
 
 @pytest.fixture
