@@ -157,6 +157,10 @@ class StorageClient:
         """Renew the leases of what a worker holds, and learn what to let go of."""
         return await self._send("POST", "/internal/leases", c.LeaseAnswer, renewal)
 
+    async def sustain(self, sustaining: c.Sustaining) -> c.Sustained:
+        """Keep attempts held whose sandboxes are watched; not those that a cancel was asked for."""
+        return await self._send("POST", "/internal/leases/sustain", c.Sustained, sustaining)
+
     async def release(self, evaluation_id: str, release: c.Release) -> c.EvaluationRecord:
         """Give an attempt back unrun; it does not count as an attempt."""
         return await self._send("POST", f"/internal/evaluations/{evaluation_id}/release", c.EvaluationRecord, release)

@@ -234,7 +234,7 @@ class ClaimAnswer(Frozen):
 
 
 class Held(Frozen):
-    """An evaluation that a worker holds."""
+    """An attempt that a worker holds, or that someone watches."""
 
     evaluation_id: str
     attempt: int
@@ -252,6 +252,19 @@ class LeaseAnswer(Frozen):
 
     cancelled: list[str] = []
     lost: list[str] = []
+
+
+class Sustaining(Frozen):
+    """Someone who watches sandboxes says which attempts are seen through, whatever becomes of the workers that hold them."""
+
+    watched: list[Held]
+
+
+class Sustained(Frozen):
+    """What came of it."""
+
+    leases: int = Field(description="Leases that nobody else had renewed for half of their length")
+    lease_seconds: float
 
 
 class Release(Frozen):

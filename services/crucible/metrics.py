@@ -164,6 +164,11 @@ MONITOR_FINISH_SECONDS = Histogram(
     buckets=_LIFE_BUCKETS,
     registry=REGISTRY,
 )
+MONITOR_SUSTAINED = Counter(
+    "monitor_sustained_total",
+    "Leases that this replica kept since no worker did; grows while evaluations run whose workers are gone",
+    registry=REGISTRY,
+)
 MONITOR_RECONCILED = Counter(
     "monitor_reconciled_total",
     "What the leader found to differ between storage and the cluster",

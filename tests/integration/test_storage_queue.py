@@ -288,6 +288,41 @@ async def test_a_renewed_lease_does_not_end() -> None:
         assert (await bench.client.get(record.id)).attempt == 1
 
 
+async def test_what_is_watched_outlives_its_worker() -> None:
+    async with running_storage(lease_seconds=0.8) as bench:
+        watched, unwatched, cancelled, other_attempt = [await bench.submit() for _ in range(4)]
+        for _ in range(4):
+            await bench.claim_one()
+        await bench.start(watched.id)
+        await bench.client.cancel(cancelled.id, c.CancelRequest(actor="ada"))
+        held = [
+            c.Held(evaluation_id=watched.id, attempt=1),
+            c.Held(evaluation_id=cancelled.id, attempt=1),
+            c.Held(evaluation_id=other_attempt.id, attempt=2),
+        ]
+
+        async def kept_while_the_rest_is_lost() -> bool:
+            answer = await bench.client.sustain(c.Sustaining(watched=held))
+            assert answer.lease_seconds == 0.8
+            assert (await bench.client.get(watched.id)).state is State.RUNNING
+            rest = [(await bench.client.get(record.id)).state for record in (unwatched, other_attempt, cancelled)]
+            return rest == [State.QUEUED, State.QUEUED, State.CANCELLED]
+
+        await wait_until_async(kept_while_the_rest_is_lost, timeout=10, poll=0.1, describe="the other leases to end")
+        assert (await bench.finish(watched.id)).state is State.COMPLETED
+
+
+async def test_a_lease_that_its_worker_renews_needs_nobody_else(bench: Bench) -> None:
+    record = await bench.submit()
+    await bench.claim_one()
+    held = [c.Held(evaluation_id=record.id, attempt=1)]
+    assert (await bench.client.sustain(c.Sustaining(watched=held))).leases == 0
+    await bench.sql("UPDATE evaluations SET lease_until = now() + interval '1 s' WHERE id = $1", record.id)
+    assert (await bench.client.sustain(c.Sustaining(watched=held))).leases == 1
+    # It is still its worker's.
+    assert await bench.client.renew(c.LeaseRenewal(worker=WORKER, held=held)) == c.LeaseAnswer()
+
+
 async def test_what_was_lost_keeps_its_place_in_the_queue(bench: Bench) -> None:
     first = await bench.submit(priority=5)
     await bench.submit(priority=5)

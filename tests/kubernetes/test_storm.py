@@ -134,6 +134,8 @@ async def ran_again(client: Client, name: str, output: bytes) -> bool:
     void = [event for event in events if event["type"] == "queued" and event["attempt"] > 0]
     assert {event["reason"] for event in void} <= BROKEN | {None}, void
     assert all(event["reason"] or event["detail"] for event in void), "an attempt was given up in silence"
+    # Its sandbox was lost, or it never got one. A worker that is lost takes no sandbox with it.
+    assert not [event for event in void if "not heard of" in (event["detail"] or "")], void
     return bool(void)
 
 

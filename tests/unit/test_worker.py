@@ -329,6 +329,15 @@ async def test_a_renewal_that_failed_does_not_wait_for_its_turn_again() -> None:
     await worker.drain()
 
 
+async def test_a_drain_leaves_alone_what_outlives_the_worker() -> None:
+    storage, dispatcher = ScriptedStorage(claim()), ScriptedDispatcher(durable=True)
+    worker = make_worker(storage, dispatcher, drain_seconds=60)
+    await worker.start()
+    await settle(lambda: dispatcher.created)
+    await asyncio.wait_for(worker.drain(), 5)
+    assert (dispatcher.stopped, storage.released, storage.finished) == ([], [], [])
+
+
 def test_slots_weigh_the_size_classes() -> None:
     assert slots_per_class(WorkerSettings(slots=8)) == {SizeClass.SMALL: 8, SizeClass.MEDIUM: 4, SizeClass.LARGE: 2}
     assert slots_per_class(WorkerSettings(slots=1)) == {SizeClass.SMALL: 1, SizeClass.MEDIUM: 1, SizeClass.LARGE: 1}

@@ -133,6 +133,10 @@ def _add_attempts(router: APIRouter, storage: Storage) -> None:
     async def renew(body: c.LeaseRenewal) -> Response:
         return _answer(await storage.queue.renew(body))
 
+    @router.post("/leases/sustain")
+    async def sustain(body: c.Sustaining) -> Response:
+        return _answer(await storage.queue.sustain(body))
+
     @router.post("/evaluations/{evaluation_id}/cancel")
     async def cancel(evaluation_id: str, body: c.CancelRequest) -> Response:
         return _answer(await storage.attempts.cancel(evaluation_id, body))

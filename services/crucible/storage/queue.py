@@ -12,7 +12,16 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from crucible import logs, metrics
-from crucible.contracts import Claim, ClaimAnswer, ClaimList, LeaseAnswer, QueueBand, QueuePosition, QueueReport
+from crucible.contracts import (
+    Claim,
+    ClaimAnswer,
+    ClaimList,
+    LeaseAnswer,
+    QueueBand,
+    QueuePosition,
+    QueueReport,
+    Sustained,
+)
 from crucible.evaluation import State
 from crucible.limits import PRIORITY_MAX, PRIORITY_MIN, SizeClass
 from crucible.problems import ProblemError
@@ -24,7 +33,7 @@ from crucible.storage.transitions import NOW, NULL, Chosen, Sql, Step
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from crucible.contracts import ClaimOne, ClaimRequest, LeaseRenewal
+    from crucible.contracts import ClaimOne, ClaimRequest, LeaseRenewal, Sustaining
     from crucible.storage.bell import Bell
     from crucible.storage.engine import Database, Row
     from crucible.storage.transitions import Lifecycle
@@ -72,6 +81,13 @@ SELECT h.id, r.cancelled,
        r.id IS NULL AND NOT EXISTS (
            SELECT FROM evaluations AS e WHERE e.id = h.id AND e.attempt = h.attempt AND e.finished_at IS NOT NULL) AS lost
   FROM held AS h LEFT JOIN renewed AS r ON r.id = h.id"""  # noqa: S608 - constants
+
+# Half a lease without a word from its worker. Where a cancel was asked for nobody may be left to carry it out: that lease may end.
+_SUSTAIN = f"""
+UPDATE evaluations AS e SET lease_until = clock_timestamp() + make_interval(secs => $3)
+  FROM unnest($1::text[], $2::int[]) AS h(id, attempt)
+ WHERE e.id = h.id AND e.attempt = h.attempt AND {HELD} AND e.cancel_reason IS NULL
+   AND e.lease_until < clock_timestamp() + make_interval(secs => $3 / 2)"""  # noqa: S608 - constants
 
 _BANDS = f"""
 SELECT size_class, effective_priority, count(*) AS waiting,
@@ -254,6 +270,18 @@ class Queue:
         return LeaseAnswer(
             cancelled=[row["id"] for row in rows if row["cancelled"]], lost=[row["id"] for row in rows if row["lost"]]
         )
+
+    @timed("sustain")
+    async def sustain(self, sustaining: Sustaining) -> Sustained:
+        """Keep the leases of attempts that are watched where they run, and whose workers may be gone.
+
+        What has a sandbox in a cluster needs no worker any more: whoever watches it records its end.
+        """
+        ids = [held.evaluation_id for held in sustaining.watched]
+        attempts = [held.attempt for held in sustaining.watched]
+        seconds = float(self._lease_seconds)
+        done = await self._database.execute(_SUSTAIN, ids, attempts, seconds) if ids else "UPDATE 0"
+        return Sustained(leases=int(done.rsplit(" ", 1)[1]), lease_seconds=seconds)
 
     @timed("queue_report")
     async def report(self) -> QueueReport:

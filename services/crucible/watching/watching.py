@@ -15,10 +15,12 @@ import hashlib
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from crucible import contracts as c
 from crucible import logs, metrics, names
 from crucible.kubernetes.api import JOBS, NODES, PODS, ApiError
 from crucible.kubernetes.lease import LeaderElection, Lease, Membership
 from crucible.kubernetes.reflector import ChangeKind, Reflector
+from crucible.resilience import CallFailedError
 from crucible.watching.facts import Patience, holds_output, is_collected, sandbox_of
 from crucible.watching.follower import Follower, Sighting
 from crucible.watching.reconcile import Reconciler
@@ -38,6 +40,9 @@ _GROUP = "crucible-watcher"
 # A follower that failed (a mistake of ours) is begun anew after this.
 _AGAIN_SECONDS = 5.0
 _HOUSE_SECONDS = 1.0
+# What is followed is held, whatever became of its worker. Storage keeps a lease that has less than half of its length left, so with so
+# many looks in one there is time for another replica to take over in between.
+_LOOKS_PER_LEASE, _SUSTAIN_FIRST_SECONDS = 6, 1.0
 # Windows of a watch last 10 s; a replica that has heard nothing for longer sees the cluster as it was.
 _BEHIND_SECONDS = 30.0
 
@@ -131,6 +136,7 @@ class Watching:
         self._tasks = [
             asyncio.create_task(self._reconciler.run(), name="reconcile"),
             asyncio.create_task(self._keep_house(), name="watching-house"),
+            asyncio.create_task(self._sustain(), name="watching-leases"),
         ]
 
     async def _join(self) -> None:
@@ -292,6 +298,25 @@ class Watching:
             for resource, reflector in zip((NODES, PODS, JOBS), self._reflectors, strict=True):
                 metrics.MONITOR_WATCH_LAG.labels(resource.plural).set(reflector.behind_seconds)
             await asyncio.sleep(_HOUSE_SECONDS)
+
+    async def _sustain(self) -> None:
+        """Keep the leases of what is followed: each doubt about a sandbox is settled in its time, by its follower."""
+        pause = _SUSTAIN_FIRST_SECONDS
+        while True:
+            await asyncio.sleep(pause)
+            watched = [
+                c.Held(evaluation_id=named[0], attempt=named[1])
+                for name in self._followers
+                if (named := names.parse_sandbox_name(name))
+            ]
+            try:
+                answer = await self._storage.sustain(c.Sustaining(watched=watched))
+            except CallFailedError as error:
+                log.warning("leases could not be kept; trying again", error=str(error))
+                pause = _SUSTAIN_FIRST_SECONDS
+                continue
+            metrics.MONITOR_SUSTAINED.inc(answer.leases)
+            pause = answer.lease_seconds / _LOOKS_PER_LEASE
 
 
 def _readiness(node: Object) -> object:

@@ -119,7 +119,13 @@ class Holding:
         return task
 
     async def drain(self) -> None:
-        """Let what runs finish for a while, then give the rest back to the queue. Nothing may be added any more."""
+        """Let what runs finish for a while, then give the rest back to the queue. Nothing may be added any more.
+
+        What runs in a sandbox that outlives its worker is left to run: whoever watches it keeps its lease and records its end.
+        """
+        for held in self._held.values():
+            if held.durable:
+                held.release(Reason.PREEMPTED)
         if self._tasks:
             log.info("draining", running=len(self._tasks), seconds=self._drain_seconds)
             await asyncio.wait(self._tasks, timeout=self._drain_seconds)

@@ -5,7 +5,7 @@ the dispatcher, waits in place while there is no room (asking the queue again wo
 the attempt has ended, whoever ended it. The result is recorded by whoever sees the sandbox; the worker records only what never became one.
 
 A sandbox in a cluster outlives the dispatcher that made it. There a dispatcher or cluster that does not answer is no news of the attempt, which
-stays the worker's for as long as the lease is.
+stays the worker's for as long as the lease is. It outlives the worker too, which leaves it alone when it is told to stop.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Held:
 
     def __init__(self, claim: c.Claim) -> None:
         self.claim = claim
+        # Whether it has a sandbox that someone else sees through, if need be.
+        self.durable = False
         self.let_go: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
 
     def release(self, reason: Reason) -> None:
@@ -71,7 +73,8 @@ class EvaluationRunner:
         """
         sandbox = await self._create(held)
         if sandbox:
-            await self._await_end(held, durable=sandbox.durable)
+            held.durable = sandbox.durable
+            await self._await_end(held)
 
     async def _create(self, held: Held) -> c.SandboxStatus | None:
         """Have the sandbox made, waiting for room and for an answer as long as it takes. None if the attempt ended without one.
@@ -108,7 +111,7 @@ class EvaluationRunner:
 
     async def _stop_if_made(self, held: Held) -> None:
         try:
-            await self._patiently(held, self._stopping(held), durable=True)
+            await self._patiently(held, self._stopping(held), perhaps_made=True)
         except CallFailedError as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
@@ -142,13 +145,15 @@ class EvaluationRunner:
             case reason:
                 await self._finish(held, reason, "cancelled on request while it waited for room")
 
-    async def _await_end(self, held: Held, *, durable: bool) -> None:
-        waiting = asyncio.ensure_future(self._wait(held, durable=durable))
+    async def _await_end(self, held: Held) -> None:
+        waiting = asyncio.ensure_future(self._wait(held))
         try:
             either: list[asyncio.Future[Any]] = [waiting, held.let_go]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
-                await self._patiently(held, self._stopping(held), durable=durable)
+                if held.durable and held.let_go.result() is Reason.PREEMPTED:
+                    return
+                await self._patiently(held, self._stopping(held))
             await waiting
         except CallFailedError as error:
             if error.status != HTTPStatus.NOT_FOUND:
@@ -158,15 +163,19 @@ class EvaluationRunner:
         finally:
             waiting.cancel()
 
-    async def _wait(self, held: Held, *, durable: bool) -> None:
+    async def _wait(self, held: Held) -> None:
         claim = held.claim
         ask = partial(self._dispatcher.wait, claim.evaluation_id, attempt=claim.attempt, wait_seconds=_WAIT_SECONDS)
         phase = c.SandboxPhase.STARTING
         while phase is not c.SandboxPhase.FINISHED:
-            phase = (await self._patiently(held, ask, durable=durable)).phase
+            phase = (await self._patiently(held, ask)).phase
 
-    async def _patiently(self, held: Held, call: Callable[[], Awaitable[T]], *, durable: bool) -> T:
-        """Make a call about a sandbox; about a durable one until it is answered, or the attempt has not been ours for a while."""
+    async def _patiently(self, held: Held, call: Callable[[], Awaitable[T]], *, perhaps_made: bool = False) -> T:
+        """Make a call about a sandbox.
+
+        About one that is durable, or that may be there without anybody's having said so, until it is answered, or the attempt has not
+        been ours for a while.
+        """
         pause, leave = _BACKOFF_FIRST_S, math.inf
         while True:
             try:
@@ -175,7 +184,7 @@ class EvaluationRunner:
                 now = asyncio.get_running_loop().time()
                 if held.let_go.done():
                     leave = min(leave, now + _LEAVE_SECONDS)
-                if not durable or not _passes(error) or now >= leave:
+                if not (held.durable or perhaps_made) or not _passes(error) or now >= leave:
                     raise
                 log.info(
                     "no word of the sandbox; asking again", evaluation_id=held.claim.evaluation_id, error=str(error)
