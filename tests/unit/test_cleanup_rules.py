@@ -11,6 +11,7 @@ import pytest
 from crucible import names
 from crucible.cleanup.queue import WorkQueue
 from crucible.cleanup.rules import (
+    COLLECTOR_S,
     RELEASE_AFTER_S,
     Attempt,
     Step,
@@ -104,10 +105,14 @@ def test_orphans_are_as_old_as_their_youngest_object_and_less_suffices_above_the
     assert orphan_age(900, objects=2001, high_water=2000) == 450
 
 
-def pod(*, ours: bool = False, terminating: bool = False, node: str | None = "w1") -> dict[str, Any]:
+def pod(
+    *, ours: bool = False, terminating: bool = False, node: str | None = "w1", owner: str | None = None
+) -> dict[str, Any]:
     metadata: dict[str, Any] = {"name": "a", "finalizers": [names.FINALIZER_OUTPUT] if ours else []}
     if terminating:
         metadata["deletionTimestamp"] = NOW.isoformat()
+    if owner:
+        metadata["ownerReferences"] = [{"kind": "Job", "name": owner}]
     return {"metadata": metadata, "spec": {"nodeName": node} if node else {}}
 
 
@@ -124,6 +129,9 @@ LATE = 100.0
     [
         # Its Job goes, and it with it.
         (pod(), UP, True, 0.0, Step.WAIT),
+        # It has gone, and the garbage collector is on its way.
+        (pod(owner="a"), UP, False, 0.0, Step.WAIT),
+        (pod(owner="a"), UP, False, COLLECTOR_S, Step.DELETE),
         # Nobody else will.
         (pod(), UP, False, 0.0, Step.DELETE),
         # Kept by us: the watcher takes the finalizer away; only one that died leaves it.

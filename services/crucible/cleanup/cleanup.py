@@ -24,6 +24,7 @@ from crucible.health import Heartbeat
 from crucible.kubernetes.api import CONFIG_MAPS, JOBS, NODES, PODS, ApiError, Resource
 from crucible.kubernetes.reflector import ChangeKind, Reflector
 from crucible.resilience import CallFailedError
+from crucible.watching.release import take_finalizer_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -321,9 +322,7 @@ class Cleanup:
         step = rules.pod_step(pod, nodes, owned=owned, waited=waited, node_lost_seconds=self._node_lost_seconds)
         if step is Step.RELEASE:
             log.warning("releasing a Pod that its watcher left behind", pod=metadata["name"])
-            kept = [finalizer for finalizer in metadata["finalizers"] if finalizer != names.FINALIZER_OUTPUT]
-            patch = {"metadata": {"finalizers": kept, "resourceVersion": metadata["resourceVersion"]}}
-            await self._api.patch(PODS, metadata["name"], patch, self._namespace)
+            await take_finalizer_off(self._api, self._namespace, pod)
         elif step is Step.FORCE:
             log.warning("removing a Pod without its node's word", pod=metadata["name"], node=pod["spec"]["nodeName"])
             await self._api.delete(PODS, metadata["name"], self._namespace, grace_seconds=0, uid=metadata["uid"])

@@ -109,8 +109,10 @@ class Step(StrEnum):
     WAIT = "wait"
 
 
-# A watcher that has marked a Job as collected takes the finalizer away at once; this is for one that died in between.
+# A watcher takes the finalizer away before it marks the Job as collected; this is for a Pod that nobody watched.
 RELEASE_AFTER_S = 10.0
+# Within it the cluster's garbage collector has taken along what the Job owned.
+COLLECTOR_S = 5.0
 
 
 def terminating(thing: Object) -> bool:
@@ -141,7 +143,8 @@ def pod_step(pod: Object, nodes: Mapping[str, Object], *, owned: bool, waited: f
             return Step.RELEASE
         return Step.WAIT if owned or terminating(pod) else Step.DELETE
     if not terminating(pod):
-        return Step.WAIT if owned else Step.DELETE
+        collected = bool(pod["metadata"].get("ownerReferences")) and waited < COLLECTOR_S
+        return Step.WAIT if owned or collected else Step.DELETE
     node = pod["spec"].get("nodeName")
     if node and waited >= node_lost_seconds and node_lost(nodes.get(node)):
         return Step.FORCE

@@ -359,12 +359,16 @@ class KubernetesApi:
         namespace: str | None = None,
         *,
         subresource: str | None = None,
+        strategic: bool = False,
     ) -> Object:
         """Change an object: a dict is merged into it (RFC 7396), a list is a sequence of operations (RFC 6902).
 
-        `metadata.resourceVersion` in a merge makes it conditional; otherwise the last writer wins.
+        `metadata.resourceVersion` in a merge makes it conditional, `metadata.uid` too; otherwise the last writer wins. A `strategic`
+        merge is Kubernetes' own, which can add to a list and take from it without knowing the rest.
         """
         kind = "application/json-patch+json" if isinstance(patch, list) else "application/merge-patch+json"
+        if strategic:
+            kind = "application/strategic-merge-patch+json"
         path = resource.path(namespace, name, subresource)
         return await self._call("patch", resource, "PATCH", path, body=patch, content_type=kind)
 

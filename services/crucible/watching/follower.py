@@ -142,8 +142,9 @@ class Follower:
         """See it through to the mark that it is collected. Storage or a cluster that does not answer can make this last."""
         if not is_collected(self._sighting.job):
             await self._see_through()
-            await mark_collected(self._api, self._namespace, self._sandbox)
         await let_pods_go(self._api, self._namespace, self._sandbox, list(self._sighting.pods))
+        if not is_collected(self._sighting.job):
+            await mark_collected(self._api, self._namespace, self._sandbox)
 
     async def _see_through(self) -> None:
         try:

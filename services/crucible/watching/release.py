@@ -1,4 +1,8 @@
-"""Letting the cluster have back what is recorded: the mark on the Job for the cleanup, then the finalizer that kept its Pods."""
+"""Letting the cluster have back what is recorded: the finalizer that kept its Pods, then the mark on the Job for the cleanup.
+
+In this order the deletion of the Job finds a Pod that goes at once. The other way round it would only be marked as being deleted, and its
+node would ask for its removal again and again.
+"""
 
 from __future__ import annotations
 
@@ -30,27 +34,24 @@ async def mark_collected(api: KubernetesApi, namespace: str, sandbox: str) -> No
 async def let_pods_go(api: KubernetesApi, namespace: str, sandbox: str, pods: Iterable[Object]) -> None:
     """Take our finalizer off Pods, so that deleting them works; tries until the API server has it."""
     for pod in pods:
-        await _until_done(sandbox, lambda pod=pod: _take_off(api, namespace, pod))  # type: ignore[misc]
+        if holds_output(pod):
+            await _until_done(sandbox, lambda pod=pod: take_finalizer_off(api, namespace, pod))  # type: ignore[misc]
 
 
-async def _take_off(api: KubernetesApi, namespace: str, pod: Object) -> None:
-    """Remove the finalizer from the Pod as it was seen; if it has changed since, as it is now."""
-    name = pod["metadata"]["name"]
-    while holds_output(pod):
-        metadata = pod["metadata"]
-        kept = [each for each in metadata.get("finalizers") or [] if each != names.FINALIZER_OUTPUT]
-        # Conditional on the version, since a merge replaces the whole list and others have finalizers there too.
-        patch = {"metadata": {"finalizers": kept, "resourceVersion": metadata["resourceVersion"]}}
-        try:
-            await api.patch(PODS, name, patch, namespace)
-        except ApiError as error:
-            if not error.conflict:
-                raise
-            uid, pod = metadata["uid"], await api.get(PODS, name, namespace)
-            if pod["metadata"]["uid"] != uid:
-                return
-        else:
-            return
+async def take_finalizer_off(api: KubernetesApi, namespace: str, pod: Object) -> None:
+    """Remove our finalizer from this very Pod, whatever else has changed about it; that it is gone is as good.
+
+    Raises:
+        ApiError: the API server did not take it.
+    """
+    metadata = pod["metadata"]
+    patch = {"metadata": {"uid": metadata["uid"], "$deleteFromPrimitiveList/finalizers": [names.FINALIZER_OUTPUT]}}
+    try:
+        await api.patch(PODS, metadata["name"], patch, namespace, strategic=True)
+    except ApiError as error:
+        # A conflict is another Pod of the same name.
+        if not error.conflict and not error.not_found:
+            raise
 
 
 async def _until_done(sandbox: str, call: Callable[[], Awaitable[object]]) -> None:
