@@ -212,14 +212,15 @@ class PlatformEvaluations:
     def __init__(self, client: Client, api: KubernetesApi, namespace: str = names.EVALUATION_NAMESPACE) -> None:
         self._client = client
         self._inside = JobEvaluations(api, KubernetesSettings(namespace=namespace))
-        self._running: set[str] = set()
+        # With the seconds that each may run.
+        self._running: dict[str, int] = {}
 
     async def begin(self, code: str, *, stdin: str = "", seconds: int = 60, memory: int = 256 * MIB) -> str:
         """Submit."""
         submitted = await self._client.submit(
             code, stdin=stdin, timeout_seconds=seconds, memory_limit=f"{memory // MIB}Mi", cpu_limit="500m"
         )
-        self._running.add(submitted["id"])
+        self._running[submitted["id"]] = seconds
         return str(submitted["id"])
 
     async def place(self, evaluation_id: str) -> Place:
@@ -231,9 +232,10 @@ class PlatformEvaluations:
         return await self._client.output(evaluation_id)
 
     async def end(self, evaluation_id: str) -> Ran:
-        """Wait as long as the cluster deserves."""
-        view = (await wait_for(self._client, evaluation_id)).result
-        self._running.discard(evaluation_id)
+        """Wait as long as it may take to start and to run; others start at the same time, of which no patience can know."""
+        limit = START_SECONDS + self._running[evaluation_id]
+        view = (await wait_for(self._client, evaluation_id, simple=True, seconds=limit)).result
+        del self._running[evaluation_id]
         return Ran(
             evaluation_id,
             await self._client.output(evaluation_id),

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from tests.kubernetes.attacks.trying import Facts, RefusedError, attack
 
 SECONDS = 2.0
+DATAGRAMS = 3
 # Calico gives the node's end of every Pod's link this address.
 NODE_LINK_LOCAL = "fe80::ecee:eeff:feee:eeee"
 ALL_NODES = "ff02::1"
@@ -32,11 +33,11 @@ def tcp(host: str, port: int, family: int = socket.AF_INET) -> str:
 
 
 def udp(host: str, port: int, data: bytes = b"attack", family: int = socket.AF_INET) -> str:
-    """Send a datagram and wait for the answer, twice, since one may get lost."""
+    """Send a datagram and wait for the answer, several times, since one may get lost and who answers may be slow."""
     with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.settimeout(SECONDS / 2)
         address = socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM)[0][4]
-        for _ in range(2):
+        for _ in range(DATAGRAMS):
             client.sendto(data, address)
             try:
                 answer, who = client.recvfrom(2000)
