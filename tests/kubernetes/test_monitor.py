@@ -18,6 +18,7 @@ import pytest_asyncio
 from crucible import names
 from crucible.evaluation import Reason, State
 from crucible.kubernetes.api import JOBS, NODES, PODS
+from tests.cluster import Node
 from tests.deployment.images import build
 from tests.support.folders import scratch_dir
 from tests.support.waits import pass_time, wait_until_async
@@ -465,17 +466,22 @@ async def test_an_api_server_that_is_silent_delays_and_loses_nothing(bench: Watc
     assert asyncio.get_running_loop().time() - resumed < SECONDS + 5
 
 
-async def test_a_node_without_power_loses_its_sandboxes_and_keeps_what_they_wrote(bench: WatchedCluster) -> None:
+@pytest.mark.parametrize(
+    ("lose", "find"), [(Node.power_cut, Node.revive), (Node.cut, Node.heal)], ids=["power", "link"]
+)
+async def test_a_node_that_is_lost_loses_its_sandboxes_and_keeps_what_they_wrote(
+    bench: WatchedCluster, lose: Callable[[Node], None], find: Callable[[Node], None]
+) -> None:
     evaluation_id = await bench.run(LINGER, on_node("w2"))
     elsewhere = await bench.run(counting(100, 20), on_node("w1"), timeout_seconds=90)
     await asyncio.gather(said(bench, evaluation_id, b"before\n"), said(bench, elsewhere, b"line 0\n"))
     node = bench.cluster.node("w2")
-    node.power_cut()
+    lose(node)
     try:
         record = await bench.ended(evaluation_id, 60)
         seen = await unready_since(bench, "w2")
     finally:
-        node.revive()
+        find(node)
     assert (record.state, record.reason, record.exit_code) == (State.FAILED, Reason.NODE_LOST, None)
     assert (await bench.output(evaluation_id))[0] == b"before\n"
     assert record.finished_at is not None
