@@ -49,7 +49,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs("cluster"), pytest.ma
 
 @pytest.fixture
 async def client(platform: DeployedPlatform) -> AsyncIterator[Client]:
-    async with connect(platform.url, platform.api_key) as client:
+    async with connect(platform.url, platform.api_key, replicas_go=True) as client:
         yield client
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import asyncio
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TERMINAL = {"completed", "failed", "timeout", "cancelled"}
+READ_TRIES, READ_PAUSE_SECONDS = 5, 1.0
 
 
 def test_settings(data_dir: Path, **sections: Any) -> Settings:
@@ -66,10 +68,24 @@ class Client:
         return response.content
 
 
+class ReadingAgain(httpx.AsyncHTTPTransport):
+    """Reads again what a replica was asked for that went away meanwhile, as a client of several replicas must."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request; a GET several times if need be."""
+        for _ in range(READ_TRIES - 1 if request.method == "GET" else 0):
+            with suppress(httpx.TransportError):
+                return await super().handle_async_request(request)
+            await asyncio.sleep(READ_PAUSE_SECONDS)
+        return await super().handle_async_request(request)
+
+
 @asynccontextmanager
-async def connect(url: str, key: str) -> AsyncIterator[Client]:
-    """Open a client of a running platform."""
-    async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=90) as http:
+async def connect(url: str, key: str, *, replicas_go: bool = False) -> AsyncIterator[Client]:
+    """Open a client of a running platform; with `replicas_go` of one whose replicas come and go."""
+    transport = ReadingAgain() if replicas_go else httpx.AsyncHTTPTransport()
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=90, transport=transport) as http:
         yield Client(http)
 
 
