@@ -20,7 +20,7 @@ from crucible.evaluation import TERMINAL_STATES
 from crucible.names import EVALUATION_NAMESPACE, LEASE_LEADER
 from tests.support.capabilities import needs
 from tests.support.deployed import WORKER
-from tests.support.platform import connect
+from tests.support.platform import ReadingAgain, connect
 from tests.support.waits import pass_time, wait_for, wait_until, wait_until_async
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs("cluster"), pytest.ma
 
 @pytest.fixture
 async def client(platform: DeployedPlatform) -> AsyncIterator[Client]:
-    async with connect(platform.url, platform.api_key, replicas_go=True) as client:
+    transport = ReadingAgain()
+    async with connect(platform.url, platform.api_key, transport=transport) as client:
         yield client
+    print(f"reads that were repeated: {dict(transport.repeated)}")
 
 
 def kill(platform: DeployedPlatform, pod: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+import json
+from collections import Counter
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TERMINAL = {"completed", "failed", "timeout", "cancelled"}
-READ_TRIES, READ_PAUSE_SECONDS = 5, 1.0
+READ_TRIES, READ_PAUSE_SECONDS = 15, 2.0
 
 
 def test_settings(data_dir: Path, **sections: Any) -> Settings:
@@ -69,21 +71,34 @@ class Client:
 
 
 class ReadingAgain(httpx.AsyncHTTPTransport):
-    """Reads again what a replica was asked for that went away meanwhile, as a client of several replicas must."""
+    """Reads again what a replica was asked for that went away meanwhile, or that asks for patience (503), as a client must.
+
+    What it did is in `repeated`, so that a test can say so: the reasons, each with how often.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repeated: Counter[str] = Counter()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request; a GET several times if need be."""
         for _ in range(READ_TRIES - 1 if request.method == "GET" else 0):
-            with suppress(httpx.TransportError):
-                return await super().handle_async_request(request)
+            try:
+                response = await super().handle_async_request(request)
+            except httpx.TransportError as error:
+                self.repeated[type(error).__name__] += 1
+            else:
+                if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                    return response
+                self.repeated[str(json.loads(await response.aread())["detail"])] += 1
+                await response.aclose()
             await asyncio.sleep(READ_PAUSE_SECONDS)
         return await super().handle_async_request(request)
 
 
 @asynccontextmanager
-async def connect(url: str, key: str, *, replicas_go: bool = False) -> AsyncIterator[Client]:
-    """Open a client of a running platform; with `replicas_go` of one whose replicas come and go."""
-    transport = ReadingAgain() if replicas_go else httpx.AsyncHTTPTransport()
+async def connect(url: str, key: str, *, transport: httpx.AsyncBaseTransport | None = None) -> AsyncIterator[Client]:
+    """Open a client of a running platform; with `ReadingAgain` of one whose replicas come and go."""
     headers = {"Authorization": f"Bearer {key}"}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=90, transport=transport) as http:
         yield Client(http)
