@@ -169,16 +169,10 @@ async def test_a_dispatcher_that_is_replaced_while_it_makes_a_sandbox_is_asked_a
     assert (storage.finished, storage.released) == ([], [])
 
 
-@pytest.mark.parametrize("made", [True, False])
-async def test_what_may_have_been_made_is_ended_when_it_is_cancelled_before_an_answer(made: bool) -> None:
+async def test_what_may_have_been_made_is_ended_when_it_is_cancelled_before_an_answer() -> None:
     class Mute(ScriptedDispatcher):
         async def create(self, *_: object) -> c.SandboxStatus:
             raise NO_ANSWER
-
-        async def stop(self, evaluation_id: str, reason: Reason, *, attempt: int) -> None:
-            await super().stop(evaluation_id, reason, attempt=attempt)
-            if not made:
-                raise refusal("not-found", 404)
 
     storage, dispatcher = ScriptedStorage(), Mute()
     await see_through(

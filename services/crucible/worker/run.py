@@ -105,19 +105,12 @@ class EvaluationRunner:
             await _pause(held, pause)
             pause = min(pause * 2, _BACKOFF_MAX_S)
         if perhaps_made:
-            await self._stop_if_made(held)
+            await self._patiently(held, self._stopping(held), perhaps_made=True)
         await self._end_without_sandbox(held)
         return None
 
-    async def _stop_if_made(self, held: Held) -> None:
-        try:
-            await self._patiently(held, self._stopping(held), perhaps_made=True)
-        except CallFailedError as error:
-            if error.status != HTTPStatus.NOT_FOUND:
-                raise
-
     def _stopping(self, held: Held) -> Callable[[], Awaitable[object]]:
-        """Return the call that ends the sandbox of an attempt that is to be let go, for the reason that it is."""
+        """Return the call that ends the sandbox, if there is one, of an attempt that is to be let go, for the reason that it is."""
         return partial(
             self._dispatcher.stop, held.claim.evaluation_id, held.let_go.result(), attempt=held.claim.attempt
         )
