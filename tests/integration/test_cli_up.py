@@ -238,7 +238,8 @@ def test_following_through_a_kill_says_that_the_output_begins_again(data_dir: Pa
     port = str(free_port())
     started.append(up := Up(data_dir, "--port", port))
     up.ready()
-    evaluation_id = up.submit("import time\nfor n in range(15): print('line', n, flush=True); time.sleep(0.1)")
+    # Long enough that it still runs when the follower, a program that has to start first, has shown a line.
+    evaluation_id = up.submit("import time\nfor n in range(60): print('line', n, flush=True); time.sleep(0.1)")
     up.wait_running(evaluation_id)
     follower = subprocess.Popen(
         [*CRUCIBLE, "logs", evaluation_id, "--follow"],
@@ -258,7 +259,7 @@ def test_following_through_a_kill_says_that_the_output_begins_again(data_dir: Pa
     told = follower.stderr.read()
     assert follower.wait(60) == ExitCode.OK
     assert json.loads(again.crucible("status", evaluation_id, "--json"))["attempt"] == 2
-    whole = "".join(f"line {n}\n" for n in range(15))
+    whole = "".join(f"line {n}\n" for n in range(60))
     assert shown.endswith(whole), "the attempt that counts is shown whole"
     assert whole.startswith(shown.removesuffix(whole)), "what came before is the beginning of the lost one"
     assert "begins again" in told
