@@ -33,6 +33,7 @@ from tests.cluster import open_cluster
 from tests.deployment import build, deploy, find_target
 from tests.support.deployed import WORKER, DeployedPlatform
 from tests.support.images import built_image
+from tests.support.patience import FixedPatience
 from tests.support.platform import Client, connect
 from tests.support.waits import wait_for, wait_until_async
 
@@ -186,7 +187,7 @@ async def platform_rate(client: Client, count: int) -> float:
     response = await client.http.post("/v1/evaluations/batch", json=body)
     response.raise_for_status()
     ids = [item["evaluation"]["id"] for item in response.json()["items"]]
-    results = await wait_for(client, ids, seconds=_END_SECONDS)
+    results = await wait_for(client, ids, patience=FixedPatience(_END_SECONDS))
     if any(result.status != "completed" for result in results):
         raise RuntimeError(f"evaluations failed: {[result.status for result in results]}")
     return count / (time.perf_counter() - began)
