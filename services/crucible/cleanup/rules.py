@@ -143,8 +143,8 @@ def pod_step(pod: Object, nodes: Mapping[str, Object], *, owned: bool, waited: f
             return Step.RELEASE
         return Step.WAIT if owned or terminating(pod) else Step.DELETE
     if not terminating(pod):
-        collected = bool(pod["metadata"].get("ownerReferences")) and waited < COLLECTOR_S
-        return Step.WAIT if owned or collected else Step.DELETE
+        being_taken = bool(pod["metadata"].get("ownerReferences")) and waited < COLLECTOR_S
+        return Step.WAIT if owned or being_taken else Step.DELETE
     node = pod["spec"].get("nodeName")
     if node and waited >= node_lost_seconds and node_lost(nodes.get(node)):
         return Step.FORCE

@@ -220,6 +220,11 @@ class Database:
         return await self.fetch(sql, *args)
 
 
+def changed(tag: str) -> int:
+    """Return how many rows a statement changed, from what PostgreSQL says of it: `UPDATE 3`, `INSERT 0 3`."""
+    return int(tag.rsplit(" ", 1)[1])
+
+
 def compile_select(statement: Select[Any]) -> tuple[str, list[Any]]:
     """Return a composed SELECT as asyncpg takes it: the text with `$1...`, and the values."""
     compiled = statement.compile(

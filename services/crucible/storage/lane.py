@@ -30,7 +30,7 @@ from crucible.broker.publisher import Hint, Publisher
 from crucible.broker.topology import DEAD_QUEUE, queue_name
 from crucible.health import Heartbeat
 from crucible.limits import SizeClass
-from crucible.storage.engine import connect
+from crucible.storage.engine import changed, connect
 from crucible.storage.loops import keep_trying
 from crucible.storage.returns import ReturnDesk
 from crucible.storage.route import ALL, MINE, Role, broker_name
@@ -118,10 +118,6 @@ def _strays(sole: str) -> str:
     return f"""
 UPDATE evaluations SET hint_priority = NULL
  WHERE {QUEUED} AND hint_priority IS NOT NULL AND hint_broker IS DISTINCT FROM $1 AND (hint_broker <> ALL($2) OR {sole})"""  # noqa: S608 - constants
-
-
-def _changed(tag: str) -> int:
-    return int(tag.rsplit(" ", 1)[1])
 
 
 class Lane:
@@ -332,7 +328,7 @@ class Lane:
         if not returned:
             return
         ids = [message.evaluation_id for message in returned if message.evaluation_id is not None]
-        waiting = _changed(await connection.execute(_RETURNED, self.name, ids))
+        waiting = changed(await connection.execute(_RETURNED, self.name, ids))
         # Before the acknowledgement: if that is lost they come once more, and change nothing.
         await self._call(desk.settle)
         for message in returned:
@@ -341,7 +337,7 @@ class Lane:
         log.warning("the broker gave messages up", broker=self.name, messages=len(returned), still_waiting=waiting)
 
     async def _find_missing(self, connection: Connection) -> None:
-        strays = _changed(await connection.execute(self._strays, self.name, self._known))
+        strays = changed(await connection.execute(self._strays, self.name, self._known))
         metrics.HINTS_REPAIRED.labels("moved").inc(strays)
         # The broker is asked first: what is consumed between the two looks is then missing in neither.
         depths = await self.depths()
@@ -355,10 +351,10 @@ class Lane:
             # Two looks in a row: what is on its way from the broker to its claim is missing for a moment only.
             before, self._missing[size] = self._missing.get(size, 0), max(0, told.get(size, 0) - depth.ready)
             if missing := min(before, self._missing[size]):
-                again = _changed(await connection.execute(_TOO_FEW, *args, size, 2 * missing + _MARGIN))
+                again = changed(await connection.execute(_TOO_FEW, *args, size, 2 * missing + _MARGIN))
                 self._repaired("missing", again, queue=queue_name(size), missing=missing)
         if self._strict:
-            self._repaired("overtaken", _changed(await connection.execute(_OVERTAKEN, *args)))
+            self._repaired("overtaken", changed(await connection.execute(_OVERTAKEN, *args)))
 
     def _repaired(self, why: str, count: int, **details: object) -> None:
         if count:

@@ -25,7 +25,7 @@ from crucible.contracts import (
 from crucible.evaluation import State
 from crucible.limits import PRIORITY_MAX, PRIORITY_MIN, SizeClass
 from crucible.problems import ProblemError
-from crucible.storage.engine import timed
+from crucible.storage.engine import changed, timed
 from crucible.storage.records import evaluation_spec
 from crucible.storage.tables import DUE, HELD, QUEUED
 from crucible.storage.transitions import NOW, NULL, Chosen, Sql, Step
@@ -281,7 +281,7 @@ class Queue:
         attempts = [held.attempt for held in sustaining.watched]
         seconds = float(self._lease_seconds)
         done = await self._database.execute(_SUSTAIN, ids, attempts, seconds) if ids else "UPDATE 0"
-        return Sustained(leases=int(done.rsplit(" ", 1)[1]), lease_seconds=seconds)
+        return Sustained(leases=changed(done), lease_seconds=seconds)
 
     @timed("queue_report")
     async def report(self) -> QueueReport:

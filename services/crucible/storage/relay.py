@@ -21,7 +21,7 @@ import asyncpg
 
 from crucible import logs, metrics
 from crucible.health import Heartbeat
-from crucible.storage.engine import connect
+from crucible.storage.engine import changed, connect
 from crucible.storage.loops import keep_trying
 from crucible.storage.records import event
 from crucible.streams.errors import StreamError
@@ -220,7 +220,7 @@ class _Stream:
         done = await connection.execute(_AGAIN, self._log.length)
         metrics.EVENT_STREAM_REBUILT.inc()
         self._wake()
-        log.warning("Redis lost events; the stream is filled again from the table", events=int(done.rsplit(" ", 1)[1]))
+        log.warning("Redis lost events; the stream is filled again from the table", events=changed(done))
 
     async def leave(self) -> None:
         """Give up what is under way: another relay may be the next to add to the stream."""

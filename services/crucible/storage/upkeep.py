@@ -13,7 +13,7 @@ from crucible.contracts import CleanupRequest, CleanupResult, OwnerUsage, Storag
 from crucible.evaluation import Reason, State
 from crucible.health import Heartbeat
 from crucible.limits import PRIORITY_MAX
-from crucible.storage.engine import timed
+from crucible.storage.engine import changed, timed
 from crucible.storage.loops import every
 from crucible.storage.output import EMPTY_SHA256
 from crucible.storage.queue import AGING_LOCK
@@ -113,9 +113,9 @@ class Upkeep:
                 # While rows are locked here, a claim would skip them; it waits the moment instead.
                 await connection.execute(f"SELECT pg_advisory_xact_lock({AGING_LOCK})")
                 done = await connection.execute(_AGED, float(self._settings.aging_seconds))
-            changed = int(done.rsplit(" ", 1)[1])
-            raised += changed
-            if changed < _CHUNK:
+            count = changed(done)
+            raised += count
+            if count < _CHUNK:
                 return raised
 
     async def end_waits(self) -> int:
