@@ -86,19 +86,27 @@ def declare(url: BrokerUrl | str, settings: BrokerSettings | None = None) -> Bro
 
 
 def take(channel: Any, queue: str, count: int, *, then: Callable[[Any], None] | None = None) -> list[Any]:
-    """Consume so many messages one at a time, each acknowledged before the next comes; return them in order."""
+    """Consume so many messages one at a time, each settled before the next comes; return them in order.
+
+    The last one is settled after the consumer is gone: the broker would hand it another one in between.
+    """
     taken: list[Any] = []
 
-    def received(message: Any) -> None:
-        taken.append(message)
+    def settle(message: Any) -> None:
         if then is None:
             channel.basic_ack(message.delivery_tag)
         else:
             then(message)
+
+    def received(message: Any) -> None:
+        taken.append(message)
+        if len(taken) < count:
+            settle(message)
 
     channel.basic_qos(0, 1, False)
     tag = channel.basic_consume(queue, callback=received)
     while len(taken) < count:
         channel.connection.drain_events(timeout=10)
     channel.basic_cancel(tag)
+    settle(taken[-1])
     return taken
