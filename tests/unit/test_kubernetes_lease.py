@@ -39,10 +39,12 @@ class Store:
         self.leases: dict[str, dict[str, Any]] = {}
         self.down = False
         self.version = 0
+        self.asked: list[str] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if self.down:
             raise httpx.ConnectError("refused", request=request)
+        self.asked.append(request.method)
         body = json.loads(request.content or b"{}")
         if request.method == "POST":
             return self.create(body["metadata"]["name"], body)
@@ -115,6 +117,41 @@ async def test_a_holder_that_falls_silent_gives_up_before_anyone_takes_over(stor
     assert given_up < taken
     assert taken * 0.1 < SECONDS + 1.5  # whole seconds are what the API has
     assert store.leases["lead"]["spec"]["leaseTransitions"] == 1
+
+
+async def test_a_silent_holders_lease_is_taken_when_it_runs_out_and_without_asking_who_has_it(
+    store: Store, clock: Clock
+) -> None:
+    one, two = lease_of(store, "one"), lease_of(store, "two")
+    await one.try_hold()
+    assert one.free_in() == float("inf")
+    await two.try_hold()
+    assert two.free_in() == SECONDS
+    clock.now += SECONDS - 1
+    assert two.free_in() == 1
+    clock.now += 1.01
+    assert two.free_in() == 0
+    store.asked.clear()
+    assert await two.try_hold() is True
+    assert store.asked == ["PATCH"]
+
+
+async def test_a_holder_that_has_renewed_since_it_was_seen_keeps_its_lease(store: Store, clock: Clock) -> None:
+    one, two = lease_of(store, "one"), lease_of(store, "two")
+    await one.try_hold()
+    await two.try_hold()
+    clock.now += SECONDS + 0.01
+    assert await one.try_hold() is True
+    assert await two.try_hold() is False
+    assert (one.held, two.free_in()) == (True, SECONDS)
+
+
+async def test_a_lease_that_was_deleted_is_made_again(store: Store, clock: Clock) -> None:
+    one = lease_of(store, "one")
+    await one.try_hold()
+    store.leases.clear()
+    assert await one.try_hold() is True
+    assert store.leases["lead"]["spec"]["holderIdentity"] == "one"
 
 
 async def test_wall_clocks_that_disagree_change_nothing(store: Store, clock: Clock) -> None:

@@ -26,6 +26,8 @@ log = logs.get_logger("lease")
 # Of the lease's length: how often it is renewed, and after how long without success its holder stops to trust it.
 _RENEW_SHARE = 1 / 3
 _GIVE_UP_SHARE = 2 / 3
+# A lease that is free and that we did not get is asked for again so much later.
+_AGAIN_SECONDS = 0.2
 # Leases of members that have been silent for so many lengths are deleted by whoever leads.
 _FORGET_LENGTHS = 10
 
@@ -63,6 +65,8 @@ class Lease:
         self._namespace = namespace
         self._labels = labels or {}
         self._held_until = float("-inf")
+        # As last read or written, and since when it has been so.
+        self._known: Object | None = None
         self._seen: tuple[object, ...] | None = None
         self._seen_at = 0.0
 
@@ -77,6 +81,9 @@ class Lease:
         Raises:
             ApiError: the API server refused or did not answer; what was held stays held until it has run out.
         """
+        # What has changed since is refused, so what is known need not be read again: on a busy cluster each question costs seconds.
+        if self._known is not None and self._is_free(self._known) and await self._take(self._known, time.monotonic()):
+            return True
         asked = time.monotonic()
         try:
             found = await self._api.get(LEASES, self.name, self._namespace)
@@ -84,18 +91,34 @@ class Lease:
             if not error.not_found:
                 raise
             return await self._take(None, asked)
-        spec = found["spec"]
-        if spec.get("holderIdentity") in ("", None, self.holder) or self._has_run_out(spec):
+        self._note(found)
+        if self._is_free(found):
             return await self._take(found, asked)
         self._held_until = float("-inf")
         return False
 
-    def _has_run_out(self, spec: Object) -> bool:
+    def free_in(self) -> float:
+        """Return in how many seconds we may take it if its holder stays silent: infinite where that is not known."""
+        if self._known is None or self.held:
+            return float("inf")
+        if self._is_free(self._known):
+            return 0.0
+        return max(0.0, self._seen_at + self._length(self._known) - time.monotonic())
+
+    def _note(self, found: Object) -> None:
+        spec = found["spec"]
+        self._known = found
         seen = (spec.get("holderIdentity"), spec.get("renewTime"), spec.get("leaseTransitions"))
         if seen != self._seen:
             self._seen, self._seen_at = seen, time.monotonic()
-        length = float(spec.get("leaseDurationSeconds") or self.seconds)
-        return time.monotonic() - self._seen_at > length
+
+    def _length(self, found: Object) -> float:
+        return float(found["spec"].get("leaseDurationSeconds") or self.seconds)
+
+    def _is_free(self, found: Object) -> bool:
+        if found["spec"].get("holderIdentity") in ("", None, self.holder):
+            return True
+        return time.monotonic() - self._seen_at > self._length(found)
 
     async def _take(self, found: Object | None, asked: float) -> bool:
         spec = (found or {}).get("spec", {})
@@ -119,15 +142,18 @@ class Lease:
                     "metadata": {"name": self.name, "labels": self._labels},
                     "spec": wanted,
                 }
-                await self._api.create(LEASES, body, self._namespace)
+                taken = await self._api.create(LEASES, body, self._namespace)
             else:
                 metadata = {"resourceVersion": found["metadata"]["resourceVersion"], "labels": self._labels}
-                await self._api.patch(LEASES, self.name, {"metadata": metadata, "spec": wanted}, self._namespace)
+                change = {"metadata": metadata, "spec": wanted}
+                taken = await self._api.patch(LEASES, self.name, change, self._namespace)
         except ApiError as error:
-            if error.status != 409:
+            if error.status != 409 and not error.not_found:
                 raise
-            self._held_until = float("-inf")  # someone was faster
+            # Someone was faster, or has deleted it.
+            self._held_until, self._known = float("-inf"), None
             return False
+        self._note(taken)
         self._held_until = asked + self.seconds * _GIVE_UP_SHARE
         return True
 
@@ -185,16 +211,19 @@ class LeaderElection:
     async def _run(self) -> None:
         interval = self._lease.seconds * _RENEW_SHARE
         while True:
+            pause = interval
             try:
                 # An API server that is slow must not keep everyone from leading: what is held counts from when it was asked for.
                 async with asyncio.timeout(self._lease.seconds):
                     await self._lease.try_hold()
+                # A silent leader's lease is taken when it runs out, and not when we would have looked again.
+                pause = min(interval, max(self._lease.free_in(), _AGAIN_SECONDS))
             except (ApiError, TimeoutError) as error:
                 log.warning(
                     "the leader's lease could not be renewed", lease=self._lease.name, error=str(error) or "no answer"
                 )
             self._tell()
-            await asyncio.sleep(interval)
+            await asyncio.sleep(pause)
             self._tell()
 
     def _tell(self) -> None:
