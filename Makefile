@@ -11,6 +11,9 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
+# What a checker has found out is kept between checkouts: what it knows of the cloud's SDK takes most of a minute to find out again.
+CACHE := $(or $(CRUCIBLE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/crucible)
+
 # Tracked and new files alike, so that a file is checked before it is committed.
 FILES = git ls-files --cached --others --exclude-standard
 
@@ -55,6 +58,10 @@ deploy: setup-dev ## Put the platform on the cluster that is up, or that KUBECON
 
 deploy-down: setup-dev ## Take it away; what it has stored stays (ARGS=--data: that too)
 	scripts/deploy down $(ARGS)
+
+.PHONY: preview
+preview: setup-dev ## Show all that an environment consists of on AWS, without an account: make preview ENV=dev
+	@$(BIN)/crucible-platform preview --stack $(or $(ENV),$(error name one: make preview ENV=dev))
 
 .PHONY: test
 test: lint test-unit test-integration test-cluster ## Set up and run every tier that exists, cheapest first
@@ -111,7 +118,7 @@ lint-format: setup-dev
 	$(BIN)/ruff format --check .
 
 lint-types: setup-dev
-	$(BIN)/mypy
+	$(BIN)/mypy --cache-dir $(CACHE)/mypy
 
 lint-imports: setup-dev
 	$(BIN)/lint-imports --cache-dir .import_linter_cache
@@ -142,6 +149,7 @@ lint-repository: setup-dev
 lint-docs: setup-dev
 	$(BIN)/crucible openapi --check
 	$(BIN)/python -m crucible.reference --check
+	$(BIN)/crucible-platform config-docs --check
 
 lock-check: setup-dev ## Fail if requirements/ is not what pyproject.toml asks for
 	scripts/lock --check
@@ -156,6 +164,7 @@ openapi: setup-dev ## Write docs/openapi.json from the API, sorted, with its dig
 
 docs: openapi ## Write everything in docs/ that only repeats what the code says
 	$(BIN)/python -m crucible.reference
+	$(BIN)/crucible-platform config-docs
 
 .PHONY: format
 format: setup-dev ## Format the Python code and apply the linter's safe fixes
