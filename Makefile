@@ -59,6 +59,11 @@ deploy: setup-dev ## Put the platform on the cluster that is up, or that KUBECON
 deploy-down: setup-dev ## Take it away; what it has stored stays (ARGS=--data: that too)
 	scripts/deploy down $(ARGS)
 
+# What it prints is for programs.
+.PHONY: pulumi-engine
+pulumi-engine:
+	@scripts/pulumi-engine >/dev/null
+
 .PHONY: preview
 preview: setup-dev ## Show all that an environment consists of on AWS, without an account: make preview ENV=dev
 	@$(BIN)/crucible-platform preview --stack $(or $(ENV),$(error name one: make preview ENV=dev))
@@ -72,7 +77,7 @@ test-unit: setup-dev ## Pure and in-process tests: no network, no server, under 
 	$(PYTEST) tests/unit -p no:schemathesis --numprocesses logical --maxprocesses 4 --junitxml=reports/unit.xml
 
 .PHONY: test-integration
-test-integration: setup-dev ## Real PostgreSQL and real sandboxes, on loopback
+test-integration: setup-dev pulumi-engine ## Real PostgreSQL and real sandboxes, on loopback
 	$(PYTEST) tests/integration --numprocesses 2 --junitxml=reports/integration.xml
 
 .PHONY: test-cluster

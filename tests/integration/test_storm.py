@@ -36,13 +36,15 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600
 SEED = int(os.environ.get("CRUCIBLE_TEST_SEED", "20261124"))
 EVALUATIONS = 2000
 BATCH = 20
-# What is submitted: its code, and how it must end. The longer ones are what a kill finds in mid-run.
+# What is submitted: its code, and how it must end. The long one outlasts the lease of a worker that is killed; of the others most are over
+# before it has ended, since their sandboxes go on without a worker.
 KINDS: dict[str, tuple[str, tuple[str, str]]] = {
     "quick": ("print('done')", ("completed", "exit_zero")),
     "failing": ("raise SystemExit(3)", ("failed", "exit_nonzero")),
     "longer": ("import time; time.sleep(0.4); print('done')", ("completed", "exit_zero")),
+    "long": ("import time; time.sleep(7); print('done')", ("completed", "exit_zero")),
 }
-KIND_SHARES = (80, 10, 10)
+KIND_SHARES = (80, 10, 10, 0)
 PACE_SECONDS = 0.8
 SETTLE_SECONDS = 180
 SETTINGS = {
@@ -66,12 +68,27 @@ class Submitter:
         self.accepted: dict[str, str] = {}
 
     async def batch(self, number: int) -> None:
-        """Submit one batch, as often as it takes, and remember the kind of each evaluation by its id."""
-        kinds = self._dice.choices(list(KINDS), KIND_SHARES, k=BATCH)
+        """Submit one batch of any kinds."""
+        await self._submit(f"storm-{number}", self._dice.choices(list(KINDS), KIND_SHARES, k=BATCH))
+
+    async def before(self, blow: Blow) -> None:
+        """Have something run that outlasts the lease of a worker that is about to be killed."""
+        if blow is not Blow.WORKER_KILLED:
+            return
+        (name,) = await self._submit("storm-long", ["long"], priority=10)
+
+        async def runs() -> bool:
+            return bool((await self._http.get(f"/v1/evaluations/{name}")).json()["state"] == State.RUNNING)
+
+        await wait_until_async(runs, timeout=60, describe="the long one to run", poll=0.1)
+
+    async def _submit(self, key: str, kinds: list[str], priority: int | None = None) -> list[str]:
+        """Submit as often as it takes, and remember the kind of each evaluation by its id."""
+        ids: list[str] = []
         wanted = [
             {
                 "code": KINDS[kind][0],
-                "priority": self._dice.randint(0, 10),
+                "priority": self._dice.randint(0, 10) if priority is None else priority,
                 "memory_limit": self._dice.choice(["64Mi", "64Mi", "64Mi", "300Mi"]),
             }
             for kind in kinds
@@ -81,18 +98,20 @@ class Submitter:
             response = await self._http.post(
                 "/v1/evaluations/batch",
                 json={"evaluations": wanted},
-                headers={"Idempotency-Key": f"storm-{number}"},
+                headers={"Idempotency-Key": key},
             )
             if response.status_code >= 500:
                 return False
             assert response.status_code == 200, response.text
             for kind, item in zip(kinds, response.json()["items"], strict=True):
-                self.accepted[item["evaluation"]["id"]] = kind
+                ids.append(item["evaluation"]["id"])
+                self.accepted[ids[-1]] = kind
             return True
 
         await wait_until_async(
             accepted, timeout=90, describe="a batch to be accepted", poll=0.3, tolerate=(httpx.HTTPError,)
         )
+        return ids
 
 
 async def every_evaluation(http: httpx.AsyncClient) -> dict[str, dict[str, Any]]:
@@ -150,10 +169,11 @@ async def test_two_thousand_evaluations_come_through_a_storm_each_with_one_resul
     declare(url)
     async with fresh_database() as database_url:
         with ServiceProcesses(folder, database_url, broker_url=url, redis_url=redis_server.url, **SETTINGS) as services:
-            scene = Scene(rabbitmq, rabbit_vhost, redis_server, services.worker, services.storage)
             async with services.client() as client:
-                storm = asyncio.create_task(blow_by_blow(scene))
                 submitter = Submitter(client.http, SEED)
+                worker, storage = services.worker, services.storage
+                scene = Scene(rabbitmq, rabbit_vhost, redis_server, worker, storage, submitter.before)
+                storm = asyncio.create_task(blow_by_blow(scene))
                 await submit_through(submitter, storm)
                 await storm
                 await wait_until_async(
@@ -164,11 +184,12 @@ async def test_two_thousand_evaluations_come_through_a_storm_each_with_one_resul
     print(
         f"{len(found)} evaluations, {lost_attempts} lost attempts, {Counter(one['reason'] for one in found.values())}"
     )
+    assert lost_attempts > 0, "the worker was killed in mid-run, and nothing was tried again"
 
 
 async def judge(accepted: dict[str, str], found: dict[str, dict[str, Any]], database_url: str, redis_url: str) -> int:
     """Hold what became of each to what was promised; returns how many attempts were lost on the way."""
-    assert len(accepted) == EVALUATIONS
+    assert len(accepted) == EVALUATIONS + 1
     assert set(found) == set(accepted), "lost, or run without having been accepted"
     otherwise = {
         name: (one["state"], one["reason"], one["detail"])

@@ -452,9 +452,12 @@ async def test_only_so_many_start_at_a_time_and_all_are_made(bench: Bench) -> No
             for each in ids:
                 await bench.running(each)
         assert max(most) == open_nodes
-    for each in ids:
-        await bench.clients[0].stop(each, Reason.CANCELLED_BY_USER)
-        await bench.collect(each)
+
+    async def end(evaluation_id: str) -> None:
+        await bench.clients[0].stop(evaluation_id, Reason.CANCELLED_BY_USER)
+        await bench.collect(evaluation_id)
+
+    await asyncio.gather(*map(end, ids))
 
 
 # -- a cluster that does not answer, or not as it should

