@@ -131,3 +131,22 @@ def config_docs(
         typer.echo(f"{page.name}: it is not what the models say; run `make docs`", err=True)
         raise typer.Exit(1)
     page.write_text(wanted, encoding="utf-8")
+
+
+@app.command()
+def cost(stack: StackOption) -> None:
+    """Estimate what a stack costs in a month by being there, part by part, at list prices whose date is told."""
+    from crucible_platform.costs import estimate, load_prices  # noqa: PLC0415
+
+    prices = load_prices()
+    found = estimate(rehearsal_of(stack), prices)
+    typer.echo(
+        f"{stack}: USD a month at the on-demand list prices of {prices.region}, {prices.as_of}; what is paid for by use comes on top"
+    )
+    for part, items in found.parts.items():
+        typer.echo(f"{part:14} {sum(usd for _, usd in items.values()):10.2f}")
+        for item, (count, usd) in items.items():
+            typer.echo(f"  {item:24} {count:8g} {usd:10.2f}")
+    typer.echo(f"{'in all':14} {found.total:10.2f}")
+    for each in sorted(found.unpriced):
+        typer.echo(f"not priced: {each}", err=True)
