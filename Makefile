@@ -69,12 +69,17 @@ preview: setup-dev ## Show all that an environment consists of on AWS, without a
 	@$(BIN)/crucible-platform preview --stack $(or $(ENV),$(error name one: make preview ENV=dev))
 
 .PHONY: test
-test: lint test-unit test-integration test-cluster ## Set up and run every tier that exists, cheapest first
+test: lint test-unit test-infra test-integration test-cluster ## Set up and run every tier that exists, cheapest first
 
 # Without the plugin of the other tier's API tests, which takes 1 s to load.
 .PHONY: test-unit
 test-unit: setup-dev ## Pure and in-process tests: no network, no server, under 10 s
 	$(PYTEST) tests/unit -p no:schemathesis --numprocesses logical --maxprocesses 4 --junitxml=reports/unit.xml
+
+# A tier of its own, since its SDK takes a second to load in each process.
+.PHONY: test-infra
+test-infra: setup-dev ## The infrastructure's programs under Pulumi's mocks, its policies and plans: no network, no server
+	$(PYTEST) tests/infra -p no:schemathesis --numprocesses 2 --dist loadfile --junitxml=reports/infra.xml
 
 .PHONY: test-integration
 test-integration: setup-dev pulumi-engine ## Real PostgreSQL and real sandboxes, on loopback

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import pulumi
 import pulumi_aws as aws
+import pulumi_kubernetes as kubernetes
 
+from crucible_platform.cluster import AddOns, Cluster
 from crucible_platform.nat import NatGateways, NatMode
 from crucible_platform.network import Network
-from crucible_platform.stack import read
+from crucible_platform.node_groups import NodeGroups
+from crucible_platform.policies import Policies
+from crucible_platform.stack import LOCAL, Local, read
 
 stack = read()
-place = stack.place
-on_aws = pulumi.ResourceOptions(
-    provider=aws.Provider(
-        place.name,
-        region=place.region,
-        # Credentials of another account than the stack's own make nothing there.
-        allowed_account_ids=[place.account],
-        default_tags={"tags": stack.tags},
+config = stack.config
+
+if isinstance(stack, Local):
+    environment = LOCAL
+    in_cluster = kubernetes.Provider(LOCAL, context=stack.config.kubernetes.context)
+else:
+    place = stack.place
+    environment = place.stack
+    on_aws = pulumi.ResourceOptions(
+        provider=aws.Provider(
+            place.name,
+            region=place.region,
+            # Credentials of another account than the stack's own make nothing there.
+            allowed_account_ids=[place.account],
+            default_tags={"tags": place.tags},
+        )
     )
-)
+    network = Network(stack.config.network, place, cidr=stack.environment.vpc_cidr, opts=on_aws)
+    way_out = []
+    if stack.config.nat.mode is NatMode.GATEWAY:
+        nat = NatGateways(place, network, opts=on_aws)
+        way_out = [nat]
+        pulumi.export("nat_addresses", nat.addresses)
+    cluster = Cluster(stack.config.cluster, place, network, access=stack.environment.cluster_access, opts=on_aws)
+    nodes = NodeGroups(stack.config.nodes, place, network, cluster, way_out=way_out, opts=on_aws)
+    add_ons = AddOns(stack.config.cluster, place, cluster, nodes=nodes, opts=on_aws)
+    in_cluster = kubernetes.Provider(
+        place.name, kubeconfig=cluster.kubeconfig, opts=pulumi.ResourceOptions(depends_on=[cluster])
+    )
+    pulumi.export("vpc_id", network.vpc_id)
+    pulumi.export("cluster_name", cluster.name)
+    pulumi.export("cluster_endpoint", cluster.endpoint)
+    pulumi.export("volume_key_arn", add_ons.volume_key_arn)
 
-network = Network(stack.config.network, place, cidr=stack.environment.vpc_cidr, opts=on_aws)
-if stack.config.nat.mode is NatMode.GATEWAY:
-    nat = NatGateways(place, network, opts=on_aws)
-    pulumi.export("nat_addresses", nat.addresses)
-
-pulumi.export("vpc_id", network.vpc_id)
+Policies(config.policies, environment=environment, opts=pulumi.ResourceOptions(provider=in_cluster))

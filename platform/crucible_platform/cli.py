@@ -6,12 +6,15 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
-from crucible_platform.stack import EXAMPLE_FILE, ORGANISATION_FILE, ORGANISATION_VARIABLE, REFERENCE, ROOT
+from crucible_platform.manifests import FIRST
+from crucible_platform.section import ROOT
+from crucible_platform.stack import EXAMPLE_FILE, LOCAL, ORGANISATION_FILE, ORGANISATION_VARIABLE, REFERENCE
+from crucible_platform.upgrade.command import app as upgrade
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-StackOption = Annotated[str, typer.Option("--stack", "-s", help="dev, staging or production")]
+app.add_typer(upgrade, name="upgrade")
+StackOption = Annotated[str, typer.Option("--stack", "-s", help="dev, staging, production or local")]
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def rehearsal_of(stack: str) -> Rehearsal:
 
     from crucible_platform.rehearsal import rehearse_platform  # noqa: PLC0415
 
-    if ORGANISATION_VARIABLE not in os.environ and not (ROOT / ORGANISATION_FILE).exists():
+    if stack != LOCAL and ORGANISATION_VARIABLE not in os.environ and not (ROOT / ORGANISATION_FILE).exists():
         stands_in = f"there is no {ORGANISATION_FILE}: {EXAMPLE_FILE} stands in for it, with accounts that do not exist"
         typer.echo(stands_in, err=True)
         os.environ[ORGANISATION_VARIABLE] = str(ROOT / EXAMPLE_FILE)
@@ -150,3 +154,29 @@ def cost(stack: StackOption) -> None:
     typer.echo(f"{'in all':14} {found.total:10.2f}")
     for each in sorted(found.unpriced):
         typer.echo(f"not priced: {each}", err=True)
+
+
+@app.command()
+def render(stack: StackOption) -> None:
+    """Print every Kubernetes object of a stack as YAML, in an order that `kubectl apply` can take them in; no cluster is asked."""
+    typer.echo(yaml.safe_dump_all(manifests(rehearsal_of(stack))), nl=False)
+
+
+def manifests(found: Rehearsal) -> list[dict[str, Any]]:
+    """Return the Kubernetes objects that a program registers: what others are in first, then by name."""
+
+    def order(each: dict[str, Any]) -> tuple[bool, bool, str, str, str]:
+        kind, metadata = each["kind"], each["metadata"]
+        return kind != "Namespace", kind not in FIRST, kind, metadata.get("namespace", ""), metadata["name"]
+
+    objects = [_whole(each.inputs) for each in found.resources if each.type.startswith("kubernetes:")]
+    return sorted(objects, key=order)
+
+
+def _whole(value: Any) -> Any:
+    """Return a value in which numbers are whole again: on its way to the engine each is a float."""
+    if isinstance(value, dict):
+        return {key: _whole(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -6,7 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from crucible_platform.place import PREFIX
-from crucible_platform.stack import EXAMPLE_FILE, ORGANISATION_FILE, ORGANISATION_VARIABLE, Organisation, StackConfig
+from crucible_platform.stack import (
+    EXAMPLE_FILE,
+    ORGANISATION_FILE,
+    ORGANISATION_VARIABLE,
+    CloudConfig,
+    LocalConfig,
+    Organisation,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +54,8 @@ def reference() -> str:
     parts = [_HEAD]
     for title, model, prefix in (
         (f"`{ORGANISATION_FILE}`", Organisation, ""),
-        ("`Pulumi.<stack>.yaml`", StackConfig, f"{PREFIX}:"),
+        ("`Pulumi.<stack>.yaml` of an environment on AWS", CloudConfig, f"{PREFIX}:"),
+        ("`Pulumi.local.yaml`", LocalConfig, f"{PREFIX}:"),
     ):
         schema = model.model_json_schema(mode="validation")
         rows = list(_rows(schema, schema.get("$defs", {}), prefix))

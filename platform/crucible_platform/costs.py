@@ -39,6 +39,10 @@ FREE = frozenset(
         "aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule",
     }
 )
+# What is in the cluster costs nothing but the nodes, except for what brings a volume or a load balancer with it.
+_PAID_IN_CLUSTER = frozenset(
+    {"kubernetes:core/v1:PersistentVolumeClaim", "kubernetes:core/v1:Service", "kubernetes:apps/v1:StatefulSet"}
+)
 _FREE_PREFIXES = (
     "aws:iam/",
     "aws:s3/",
@@ -46,6 +50,7 @@ _FREE_PREFIXES = (
     "aws:eks/access",
     "aws:eks/addon",
     "aws:eks/podIdentity",
+    "kubernetes:",
     "pulumi:",
 )
 
@@ -100,7 +105,7 @@ def estimate(found: Rehearsal, prices: Prices) -> Estimate:
     amounts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     made = Estimate()
     for each in found.resources:
-        if not each.custom or each.type in FREE or each.type.startswith(_FREE_PREFIXES):
+        if not each.custom or _is_free(each.type):
             continue
         if each.type not in _ITEMS:
             made.unpriced.add(each.type)
@@ -113,6 +118,10 @@ def estimate(found: Rehearsal, prices: Prices) -> Estimate:
     for part, items in sorted(amounts.items()):
         made.parts[part] = {item: (count, count * prices.monthly[item]) for item, count in sorted(items.items())}
     return made
+
+
+def _is_free(kind: str) -> bool:
+    return kind in FREE or (kind.startswith(_FREE_PREFIXES) and kind not in _PAID_IN_CLUSTER)
 
 
 def _component(each: Rehearsed, by_urn: dict[str, Rehearsed]) -> str:

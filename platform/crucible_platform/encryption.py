@@ -28,6 +28,7 @@ def key(
     description: str,
     opts: pulumi.ResourceOptions,
     used_by: dict[str, Any] | None = None,
+    lent: bool = False,
 ) -> aws.kms.Key:
     """Make a key that is rotated every year, with an alias of its name.
 
@@ -37,6 +38,7 @@ def key(
         description: for whoever finds it in the console.
         opts: the parent.
         used_by: `Principal` and `Condition` of a service that uses it beside those whom IAM lets; None if there is none.
+        lent: whether that service lets others of AWS use it for what they keep on its behalf, such as a volume for as long as it is attached.
     """
     full = f"{place.name}-{name}"
     # Without the account itself, IAM could give nobody a right to the key, not even to change this policy.
@@ -51,6 +53,10 @@ def key(
     ]
     if used_by:
         statements.append({"Sid": "Service", "Effect": "Allow", "Action": _USE, "Resource": "*", **used_by})
+    if used_by and lent:
+        condition = {**used_by.get("Condition", {}), "Bool": {"kms:GrantIsForAWSResource": "true"}}
+        grant = {"Sid": "Lent", "Effect": "Allow", "Action": "kms:CreateGrant", "Resource": "*"}
+        statements.append({**grant, **used_by, "Condition": condition})
     made = aws.kms.Key(
         full,
         description=description,

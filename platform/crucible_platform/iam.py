@@ -71,6 +71,16 @@ def policy(*statements: Allow) -> pulumi.Output[str]:
     return pulumi.Output.json_dumps({"Version": VERSION, "Statement": [each.document() for each in statements]})
 
 
+class Role(aws.iam.Role):
+    """A role that knows what gives it its rights.
+
+    Attributes:
+        policies: for what must not be made before the role has them, nor lose them while it is taken down.
+    """
+
+    policies: tuple[pulumi.Resource, ...] = ()
+
+
 def role(
     name: str,
     place: Place,
@@ -79,7 +89,7 @@ def role(
     managed: Sequence[str] = (),
     description: str,
     opts: pulumi.ResourceOptions,
-) -> aws.iam.Role:
+) -> Role:
     """Make a role.
 
     Args:
@@ -92,19 +102,21 @@ def role(
         opts: the parent.
     """
     full = f"{place.name}-{name}"
-    made = aws.iam.Role(
+    made = Role(
         full,
         name=full,
         description=description,
         assume_role_policy=pulumi.Output.json_dumps({"Version": VERSION, "Statement": [{"Effect": "Allow", **trust}]}),
         opts=opts,
     )
+    policies: list[pulumi.Resource] = []
     if statements:
-        aws.iam.RolePolicy(full, name=full, role=made.name, policy=policy(*statements), opts=opts)
+        policies.append(aws.iam.RolePolicy(full, name=full, role=made.name, policy=policy(*statements), opts=opts))
     for each in managed:
-        aws.iam.RolePolicyAttachment(
-            f"{full}-{each.rpartition('/')[2]}", role=made.name, policy_arn=f"arn:aws:iam::aws:policy/{each}", opts=opts
-        )
+        attached = f"{full}-{each.rpartition('/')[2]}"
+        arn = f"arn:aws:iam::aws:policy/{each}"
+        policies.append(aws.iam.RolePolicyAttachment(attached, role=made.name, policy_arn=arn, opts=opts))
+    made.policies = tuple(policies)
     return made
 
 

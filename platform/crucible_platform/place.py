@@ -26,6 +26,11 @@ class Place:
         """What everything of this stack is called, or begins with."""
         return f"{PREFIX}-{self.stack}"
 
+    @property
+    def tags(self) -> dict[str, str]:
+        """What every resource on AWS carries: whose cost it is, and who made it."""
+        return {"Project": PREFIX, "Environment": self.stack, "ManagedBy": "pulumi"}
+
     def arn(self, service: str, resource: str) -> str:
         """Return the ARN of something of this account and region."""
         return f"arn:aws:{service}:{self.region}:{self.account}:{resource}"

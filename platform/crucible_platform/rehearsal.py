@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import keyword
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+import pulumi
 from pulumi import _types
 from pulumi.runtime import mocks, rpc
 from pulumi.runtime.config import set_all_config
-from pulumi.runtime.settings import SETTINGS, set_root_resource
-from pulumi.runtime.stack import run_pulumi_func
+from pulumi.runtime.settings import SETTINGS, get_root_resource, set_root_resource
+from pulumi.runtime.stack import Stack, run_pulumi_func
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +44,7 @@ class Rehearsed:
         protected: whether Pulumi refuses to delete it.
         custom: whether a provider makes it; a component is only made of others.
         provider: the URN of the one that makes it; empty if the program did not choose one.
+        came_from: of each input, the URNs of the resources that it was made of.
     """
 
     type: str
@@ -53,6 +56,7 @@ class Rehearsed:
     protected: bool
     custom: bool
     provider: str
+    came_from: dict[str, frozenset[str]]
 
 
 @dataclass
@@ -94,7 +98,12 @@ class _Answers(mocks.Mocks):
 
     def new_resource(self, args: mocks.MockResourceArgs) -> tuple[str, dict[str, Any]]:
         name = args.inputs.get("name") or args.inputs.get("bucket") or args.name
-        made = {"arn": f"arn:aws:rehearsal:::{args.typ.split(':')[1].split('/')[0]}/{name}", "name": name}
+        made: dict[str, Any] = {
+            "arn": f"arn:aws:rehearsal:::{args.typ.split(':')[1].split('/')[0]}/{name}",
+            "name": name,
+        }
+        if args.typ == "aws:eks/cluster:Cluster":
+            made |= {"endpoint": f"https://{name}.example.org", "certificateAuthority": {"data": ""}}
         return f"{args.name}-id", made | args.inputs
 
 
@@ -120,14 +129,10 @@ class _Monitor(mocks.MockMonitor):
                     bool(request.protect),
                     bool(request.custom),
                     request.provider.rpartition("::")[0],
+                    {key: frozenset(found.urns) for key, found in request.propertyDependencies.items()},
                 )
             )
         return response
-
-    def RegisterResourceOutputs(self, request: Any) -> Any:  # noqa: N802 - the protocol's own name
-        if f"::{_STACK}::" in request.urn:
-            self._found.outputs = dict(rpc.deserialize_properties(request.outputs))
-        return super().RegisterResourceOutputs(request)  # type: ignore[no-untyped-call]
 
 
 def rehearse(
@@ -149,6 +154,9 @@ def rehearse(
 
     def run() -> None:
         program()
+        root = get_root_resource()
+        assert isinstance(root, Stack)  # noqa: S101 - set_mocks has made it
+        pulumi.Output.all(**root.outputs).apply(found.outputs.update)
 
     async def whole() -> None:
         set_all_config(dict(config or {}))
@@ -180,11 +188,16 @@ def unknown_properties(resource: Rehearsed) -> Iterator[str]:
 
 def _arguments(token: str) -> type | None:
     package, module, kind = token.split(":")
+    kubernetes = package == "kubernetes"
+    # aws:ec2/vpc:Vpc is pulumi_aws.ec2.VpcArgs; kubernetes:rbac.authorization.k8s.io/v1:Role is pulumi_kubernetes.rbac.v1.RoleInitArgs. A module
+    # that would be a keyword has an underscore more, and where a nested class has the name, the resource's is the one with Init.
+    group, _, version = module.partition("/")
+    path = f"pulumi_kubernetes.{group.partition('.')[0]}.{version}" if kubernetes else f"pulumi_{package}.{group}"
     try:
-        found = importlib.import_module(f"pulumi_{package}.{module.partition('/')[0]}")
+        found = importlib.import_module(f"{path}_" if keyword.iskeyword(group) else path)
     except ModuleNotFoundError:
         return None
-    return getattr(found, f"{kind}Args", None)
+    return getattr(found, f"{kind}InitArgs", None) or getattr(found, f"{kind}Args", None)
 
 
 def _unknown(arguments: type, given: Mapping[str, Any], where: str) -> Iterator[str]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+# Of the repository: the YAML, and the stacks' files, are read from it.
+ROOT = Path(__file__).parents[2]
 
 
 class Section(BaseModel):

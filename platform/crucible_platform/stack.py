@@ -12,42 +12,42 @@ import os
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import pulumi
 import yaml
 from pulumi.runtime.config import CONFIG, get_config_env
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from crucible_platform.cluster import ClusterAccess, ClusterConfig
 from crucible_platform.nat import NatConfig, NatMode
 from crucible_platform.network import Endpoint, NetworkConfig, plan_subnets
+from crucible_platform.node_groups import NodesConfig
 from crucible_platform.place import PREFIX, Place
-from crucible_platform.section import AccountId, Cidr, Region, Section
+from crucible_platform.policies import PoliciesConfig
+from crucible_platform.section import ROOT, AccountId, Cidr, Region, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-ROOT = Path(__file__).parents[2]
 ORGANISATION_FILE, EXAMPLE_FILE = "organisation.yaml", "organisation.example.yaml"
 # Names another file than the root's own.
 ORGANISATION_VARIABLE = "CRUCIBLE_ORGANISATION"
 REFERENCE = "docs/stack-configuration.md"
 
 EnvironmentName = Literal["dev", "staging", "production"]
+LOCAL = "local"
 # A NAT-less VPC must reach by endpoints all that a node needs to join its cluster ("Deploy private clusters", Amazon EKS user guide).
 NEEDED_WITHOUT_NAT = frozenset(
     {Endpoint.ECR_API, Endpoint.ECR_IMAGES, Endpoint.STS, Endpoint.EC2, Endpoint.LOGS, Endpoint.POD_IDENTITY}
 )
 
 
+Config = TypeVar("Config", bound=Section)
+
+
 class ConfigError(Exception):
     """A configuration that cannot be used: each line of the text names a key and what to do."""
-
-
-def _somebody(network: Cidr) -> Cidr:
-    if network.prefixlen < 8:
-        raise ValueError(f"{network} is most of the internet; name the networks that people come from")
-    return network
 
 
 class Environment(Section):
@@ -55,6 +55,7 @@ class Environment(Section):
 
     account: AccountId = Field(description="AWS account, twelve digits in quotes; nothing is made in any other")
     vpc_cidr: Cidr = Field(description="Addresses of its VPC, /16 to /20, that nothing connected with it uses")
+    cluster_access: ClusterAccess
 
 
 class Organisation(Section):
@@ -71,21 +72,40 @@ class Organisation(Section):
         pattern=r"^[A-Za-z0-9-]+/[A-Za-z0-9._-]+$", description="GitHub repository that deploys, `owner/name`"
     )
     alarm_email: str = Field(pattern=r"^[^@\s]+@[^@\s]+$", description="Who is told of alarms of the infrastructure")
-    api_access_cidrs: tuple[Annotated[Cidr, AfterValidator(_somebody)], ...] = Field(
-        description="Networks from which the Kubernetes API may be reached besides the VPC; empty: from none"
-    )
     environments: dict[EnvironmentName, Environment] = Field(min_length=1, description="One entry for each environment")
 
 
-class StackConfig(Section):
-    """`Pulumi.<stack>.yaml`, one field for each `crucible:` key."""
+class KubernetesConfig(Section):
+    """The cluster of the stack `local`."""
+
+    context: str = Field(
+        min_length=1, description="Context of your kubeconfig; named, so that no other cluster is changed by mistake"
+    )
+
+
+class InCluster(Section):
+    """What every stack has in its cluster."""
+
+    policies: PoliciesConfig
+
+
+class LocalConfig(InCluster):
+    """`Pulumi.local.yaml`, one field for each `crucible:` key: a cluster that is there, and nothing on AWS."""
+
+    kubernetes: KubernetesConfig
+
+
+class CloudConfig(InCluster):
+    """`Pulumi.<stack>.yaml` of an environment on AWS, one field for each `crucible:` key."""
 
     region: Region = Field(description="AWS region")
     network: NetworkConfig
     nat: NatConfig
+    cluster: ClusterConfig
+    nodes: NodesConfig
 
 
-def problems_between(config: StackConfig, organisation: Organisation, stack: EnvironmentName) -> Iterator[str]:
+def problems_between(config: CloudConfig, organisation: Organisation, stack: EnvironmentName) -> Iterator[str]:
     """Tell what is wrong between parts that are each right by themselves."""
     environments = organisation.environments
     for (one, its), (other, others) in combinations(environments.items(), 2):
@@ -101,6 +121,14 @@ def problems_between(config: StackConfig, organisation: Organisation, stack: Env
         plan_subnets(environments[stack].vpc_cidr, config.network.zones)
     except ValueError as error:
         yield f"organisation.yaml: environments.{stack}.vpc_cidr: {error}"
+    if environments[stack].vpc_cidr.overlaps(config.cluster.service_cidr):
+        yield (
+            f"Pulumi.{stack}.yaml: {PREFIX}:cluster.service_cidr: {config.cluster.service_cidr} overlaps the VPC's "
+            f"{environments[stack].vpc_cidr}; choose addresses outside of it"
+        )
+    release, version = config.nodes.ami_release, config.cluster.version
+    if release and not release.startswith(f"{version}."):
+        yield f"Pulumi.{stack}.yaml: {PREFIX}:nodes.ami_release: {release} is not of {PREFIX}:cluster.version, {version}"
     if not config.network.zones[0].startswith(config.region):
         yield f"Pulumi.{stack}.yaml: {PREFIX}:network.zones: {config.network.zones[0]} is not in {PREFIX}:region, {config.region}"
     if config.nat.mode is NatMode.NONE and (missing := NEEDED_WITHOUT_NAT - config.network.endpoints):
@@ -111,10 +139,10 @@ def problems_between(config: StackConfig, organisation: Organisation, stack: Env
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A stack whose configuration has been found right."""
+class Cloud:
+    """What a stack has on AWS, found right."""
 
-    config: StackConfig
+    config: CloudConfig
     organisation: Organisation
     place: Place
 
@@ -123,28 +151,32 @@ class Stack:
         """What the organisation decided for it."""
         return self.organisation.environments[self.place.stack]  # type: ignore[index]
 
-    @property
-    def tags(self) -> dict[str, str]:
-        """What every resource on AWS carries: whose cost it is, and who made it."""
-        return {"Project": PREFIX, "Environment": self.place.stack, "ManagedBy": "pulumi"}
+
+@dataclass(frozen=True)
+class Local:
+    """A stack in a cluster that is there."""
+
+    config: LocalConfig
 
 
-def read() -> Stack:
+def read() -> Cloud | Local:
     """Return the stack that Pulumi is at.
 
     Raises:
         pulumi.RunError: its configuration cannot be used. Pulumi shows the text and no traceback.
     """
-    values = {**get_config_env(), **CONFIG.get()}
-    path = Path(os.environ.get(ORGANISATION_VARIABLE) or ROOT / ORGANISATION_FILE)
+    stack, values = pulumi.get_stack(), {**get_config_env(), **CONFIG.get()}
     try:
-        return load(pulumi.get_stack(), values, load_organisation(path))
+        if stack == LOCAL:
+            return load_local(values)
+        path = Path(os.environ.get(ORGANISATION_VARIABLE) or ROOT / ORGANISATION_FILE)
+        return load(stack, values, load_organisation(path))
     except ConfigError as error:
         raise pulumi.RunError(str(error)) from None
 
 
-def load(stack: str, values: Mapping[str, str], organisation: Organisation) -> Stack:
-    """Return a stack from what Pulumi has for it.
+def load(stack: str, values: Mapping[str, str], organisation: Organisation) -> Cloud:
+    """Return a stack on AWS from what Pulumi has for it.
 
     Args:
         stack: its name, an environment's.
@@ -155,17 +187,30 @@ def load(stack: str, values: Mapping[str, str], organisation: Organisation) -> S
         ConfigError: a key is unknown, missing, or has a value that cannot be used.
     """
     if stack not in get_args(EnvironmentName):
-        raise ConfigError(f"{stack}: there is no such stack; there are {', '.join(get_args(EnvironmentName))}")
-    own = {key.removeprefix(f"{PREFIX}:"): value for key, value in values.items() if key.startswith(f"{PREFIX}:")}
-    parts = {key: _parse(value) for key, value in own.items()}
-    try:
-        config = StackConfig.model_validate(parts)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_told(error, f"Pulumi.{stack}.yaml: {PREFIX}:"))) from None
+        known = ", ".join((*get_args(EnvironmentName), LOCAL))
+        raise ConfigError(f"{stack}: there is no such stack; there are {known}")
+    config = _validated(CloudConfig, stack, values)
     if found := list(problems_between(config, organisation, stack)):  # type: ignore[arg-type]
         raise ConfigError("\n".join(found))
     account = organisation.environments[stack].account  # type: ignore[index]
-    return Stack(config, organisation, Place(account, config.region, stack))
+    return Cloud(config, organisation, Place(account, config.region, stack))
+
+
+def load_local(values: Mapping[str, str]) -> Local:
+    """Return the stack `local` from what Pulumi has for it.
+
+    Raises:
+        ConfigError: a key is unknown, missing, or has a value that cannot be used.
+    """
+    return Local(_validated(LocalConfig, LOCAL, values))
+
+
+def _validated(model: type[Config], stack: str, values: Mapping[str, str]) -> Config:
+    own = {key.removeprefix(f"{PREFIX}:"): value for key, value in values.items() if key.startswith(f"{PREFIX}:")}
+    try:
+        return model.model_validate({key: _parse(value) for key, value in own.items()})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_told(error, f"Pulumi.{stack}.yaml: {PREFIX}:"))) from None
 
 
 def load_organisation(path: Path) -> Organisation:

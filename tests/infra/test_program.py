@@ -7,27 +7,45 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from crucible_platform.cli import app, component_edges, stack_values, tree
+from crucible_platform.cli import app, component_edges, manifests, stack_values, tree
 from crucible_platform.config_docs import reference
+from crucible_platform.manifests import FIRST, name_of, read
 from crucible_platform.rehearsal import Rehearsal, rehearse_platform, unknown_properties
-from crucible_platform.section import Section
-from crucible_platform.stack import EXAMPLE_FILE, ORGANISATION_VARIABLE, REFERENCE, ROOT, StackConfig, problems_between
+from crucible_platform.section import ROOT, Section
+from crucible_platform.stack import (
+    EXAMPLE_FILE,
+    LOCAL,
+    ORGANISATION_VARIABLE,
+    REFERENCE,
+    CloudConfig,
+    LocalConfig,
+    problems_between,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.unit
 
-STACKS = ("dev", "staging", "production")
-# What each environment must have. A component that is no longer composed is named here by what is missing without it.
-NEEDED = {
+CLOUDS = ("dev", "staging", "production")
+STACKS = (*CLOUDS, LOCAL)
+# What each stack must have. A component that is no longer composed is named here by what is missing without it.
+IN_CLOUD = {
     "crucible:network:Network": "a VPC with subnets in each zone",
     "crucible:nat:Gateways": "a way out of the private subnets",
+    "crucible:cluster:Cluster": "a Kubernetes API",
+    "crucible:node_groups:NodeGroups": "nodes in each zone, for the platform and for sandboxes",
+    "crucible:cluster:AddOns": "names inside the cluster, and volumes",
 }
-PROVIDER = "pulumi:providers:aws"
+IN_CLUSTER = {
+    "crucible:policies:Policies": "admission, network policies, rights and quota",
+}
+NEEDED = {**dict.fromkeys(CLOUDS, IN_CLOUD | IN_CLUSTER), LOCAL: IN_CLUSTER}
+AWS, KUBERNETES = "pulumi:providers:aws", "pulumi:providers:kubernetes"
 
 Reads = set[tuple[str, str]]
 
@@ -55,15 +73,14 @@ def stacks(whole: tuple[dict[str, Rehearsal], Reads]) -> dict[str, Rehearsal]:
     return whole[0]
 
 
-@pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("component", NEEDED)
-def test_an_environment_has_every_component(stacks: dict[str, Rehearsal], stack: str, component: str) -> None:
-    assert len(stacks[stack].of(component)) == 1, f"{stack} has no {component}, and so not {NEEDED[component]}"
+@pytest.mark.parametrize(("stack", "component"), [(stack, each) for stack in STACKS for each in NEEDED[stack]])
+def test_a_stack_has_every_component(stacks: dict[str, Rehearsal], stack: str, component: str) -> None:
+    assert len(stacks[stack].of(component)) == 1, f"{stack} has no {component}, and so not {NEEDED[stack][component]}"
 
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_no_component_is_unknown_here(stacks: dict[str, Rehearsal], stack: str) -> None:
-    assert {each.type for each in stacks[stack].resources if not each.custom} == NEEDED.keys()
+    assert {each.type for each in stacks[stack].resources if not each.custom} == NEEDED[stack].keys()
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -72,22 +89,32 @@ def test_every_resource_is_part_of_a_component(stacks: dict[str, Rehearsal], sta
     lonely = [
         (each.type, each.name)
         for each in stacks[stack].resources
-        if each.custom and each.type != PROVIDER and each.parent not in own
+        if each.custom and not each.type.startswith("pulumi:") and each.parent not in own
     ]
     assert lonely == []
 
 
+@pytest.mark.parametrize("stack", CLOUDS)
+def test_nothing_is_made_in_another_account_than_the_stacks(stacks: dict[str, Rehearsal], stack: str) -> None:
+    account = str(CLOUDS.index(stack) + 1) * 12
+    assert stacks[stack].one(AWS).inputs["allowedAccountIds"] == f'["{account}"]'
+
+
+def test_nothing_is_made_in_another_cluster_than_the_one_that_is_named(stacks: dict[str, Rehearsal]) -> None:
+    assert stacks[LOCAL].one(KUBERNETES).inputs["context"] == "crucible"
+
+
 @pytest.mark.parametrize("stack", STACKS)
-def test_every_resource_is_made_by_the_provider_that_is_held_to_the_stacks_account(
-    stacks: dict[str, Rehearsal], stack: str
-) -> None:
-    provider = stacks[stack].one(PROVIDER)
-    assert '"aws:' not in str(provider.inputs)
-    assert str(list(STACKS).index(stack) + 1) * 12 in str(provider.inputs["allowedAccountIds"])
+def test_every_resource_is_made_by_the_stacks_own_provider(stacks: dict[str, Rehearsal], stack: str) -> None:
+    own = {
+        each.type.rpartition(":")[2]: each.urn
+        for each in stacks[stack].resources
+        if each.type.startswith("pulumi:providers:")
+    }
     others = [
         each.name
         for each in stacks[stack].resources
-        if each.custom and each.type.startswith("aws:") and each.provider != provider.urn
+        if each.custom and not each.type.startswith("pulumi:") and each.provider != own[each.type.partition(":")[0]]
     ]
     assert others == []
 
@@ -97,7 +124,7 @@ def test_every_property_is_one_that_the_provider_knows(stacks: dict[str, Rehears
     assert [
         unknown
         for each in stacks[stack].resources
-        if each.custom and each.type != PROVIDER
+        if each.custom and not each.type.startswith("pulumi:")
         for unknown in unknown_properties(each)
     ] == []
 
@@ -125,7 +152,12 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 def test_no_key_of_the_configuration_is_without_effect(whole: tuple[dict[str, Rehearsal], Reads]) -> None:
-    keys = {(model.__name__, name) for model in sections(StackConfig) for name in model.model_fields}
+    keys = {
+        (model.__name__, name)
+        for whole_of in (CloudConfig, LocalConfig)
+        for model in sections(whole_of)
+        for name in model.model_fields
+    }
     assert keys - whole[1] == set(), "the program never reads these; use them or take them away"
 
 
@@ -155,4 +187,26 @@ def test_the_graph_knows_who_needs_whom(stacks: dict[str, Rehearsal]) -> None:
 def test_a_preview_of_no_stack_names_those_that_there_are() -> None:
     told = CliRunner().invoke(app, ["preview", "-s", "prod"])
     assert told.exit_code == 2
-    assert "dev, production, staging" in told.output
+    assert "dev, local, production, staging" in told.output
+
+
+def test_what_is_rendered_is_in_an_order_that_can_be_applied_and_the_same_each_time(
+    stacks: dict[str, Rehearsal],
+) -> None:
+    rendered = manifests(stacks[LOCAL])
+    kinds = [each["kind"] for each in rendered]
+    assert kinds[:3] == ["Namespace"] * 3
+    assert kinds.index("Role") > max(at for at, kind in enumerate(kinds) if kind in FIRST)
+    again = manifests(rehearse_platform(LOCAL, stack_values(LOCAL)))
+    assert yaml.safe_dump_all(rendered) == yaml.safe_dump_all(again)
+    assert {name_of(each) for each in rendered} == {name_of(each) for each in read(ROOT / "policies")}
+    (priority,) = (each for each in rendered if name_of(each) == "PriorityClass/crucible-evaluation")
+    assert repr(priority["value"]) == "-1000"
+
+
+def test_the_control_plane_is_in_the_zones_that_it_began_with_so_that_one_can_be_added(
+    stacks: dict[str, Rehearsal],
+) -> None:
+    for stack in CLOUDS:
+        subnets = stacks[stack].one("aws:eks/cluster:Cluster").inputs["vpcConfig"]["subnetIds"]
+        assert subnets == [f"crucible-{stack}-private-eu-central-1{zone}-id" for zone in "ab"]

@@ -6,6 +6,7 @@ import re
 
 import pulumi
 import pulumi_aws as aws
+import pulumi_kubernetes as kubernetes
 import pytest
 
 from crucible_platform.costs import estimate, load_prices
@@ -92,8 +93,11 @@ def test_what_has_no_price_is_said_and_not_taken_for_free() -> None:
         node_group(part, "x9.mega", 1, 10)
         aws.rds.Instance("database", instance_class="db.t4g.micro", opts=part.below)
         aws.ec2.Vpc("free", opts=part.below)
+        kubernetes.core.v1.ConfigMap("free", opts=part.below)
+        kubernetes.core.v1.Service("a load balancer, perhaps", opts=part.below)
 
-    assert estimate(rehearse(program), PRICES).unpriced == {"x9.mega", "aws:rds/instance:Instance"}
+    unpriced = estimate(rehearse(program), PRICES).unpriced
+    assert unpriced == {"x9.mega", "aws:rds/instance:Instance", "kubernetes:core/v1:Service"}
 
 
 def test_the_price_list_says_where_and_when_its_prices_held() -> None:

@@ -1,4 +1,4 @@
-"""`python -m tests.support.aws_provider ENGINE`: serves until the engine ends it. ENGINE is where the engine listens."""
+"""`python -m tests.support.provider ENGINE`: serves until the engine ends it. ENGINE is where the engine listens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pulumi.provider.experimental.property_value import PropertyValue
 from pulumi.provider.experimental.server import main
 from pulumi.runtime.rpc import UNKNOWN
 
-FOLDER = Path(os.environ["AWS_STAND_IN_FOLDER"])
+FOLDER = Path(os.environ["STAND_IN_FOLDER"])
 # Resources whose creation and deletion fail: names, separated by blanks.
 FAILING = FOLDER / "failing"
 # What AWS cannot change: the resource is replaced ("Update requires: Replacement" in the CloudFormation reference of each).
@@ -74,7 +74,7 @@ def is_unknown(value: PropertyValue) -> bool:
     return UNKNOWN in json.dumps(plain(value))
 
 
-class AwsStandIn(p.Provider):
+class StandIn(p.Provider):
     """Makes files."""
 
     async def check_config(self, request: p.CheckRequest) -> p.CheckResponse:
@@ -163,4 +163,4 @@ def write(resource_id: str, made: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], "7.51.1", AwsStandIn())
+    main(sys.argv[1:], "7.51.1", StandIn())

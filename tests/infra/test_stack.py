@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
+from crucible_platform.section import ROOT
 from crucible_platform.stack import (
     EXAMPLE_FILE,
-    ROOT,
+    Cloud,
     ConfigError,
     Organisation,
-    Stack,
     load,
+    load_local,
     load_organisation,
 )
 
@@ -32,7 +33,7 @@ def example() -> Organisation:
     return load_organisation(ROOT / EXAMPLE_FILE)
 
 
-def loaded(stack: str = "dev", organisation: Organisation | None = None, **changed: Any) -> Stack:
+def loaded(stack: str = "dev", organisation: Organisation | None = None, **changed: Any) -> Cloud:
     """Load a tracked stack with some keys changed, `None` taking one away."""
     parts = {**stack_file(stack), **{f"crucible:{key}": value for key, value in changed.items()}}
     values = {
@@ -81,6 +82,7 @@ def test_production_is_in_three_zones() -> None:
         ({"nat": {"mode": "gatway"}}, "crucible:nat.mode: Input should be"),
         ({"nat": {"mode": "none"}}, "crucible:network.endpoints: without NAT, nodes also need ec2, ecr.api"),
         ({"region": "Frankfurt"}, "crucible:region: "),
+        ({"cluster": {"version": "1.33"}}, "crucible:cluster.version: the platform and its upgrades are for 1.34"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -115,22 +117,46 @@ def test_keys_of_others_are_left_alone() -> None:
 
 
 def test_a_stack_of_another_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prod: there is no such stack; there are dev, staging, production"):
+    with pytest.raises(ConfigError, match="prod: there is no such stack; there are dev, staging, production, local"):
         load("prod", {}, example())
+
+
+def test_local_names_its_cluster_and_has_nothing_on_aws() -> None:
+    values = {key: json.dumps(value) for key, value in stack_file("local").items()}
+    assert load_local(values).config.kubernetes.context == "crucible"
+    with pytest.raises(ConfigError, match=r"Pulumi.local.yaml: crucible:region: there is no such key"):
+        load_local({**values, "crucible:region": "eu-central-1"})
+    with pytest.raises(ConfigError, match=r"Pulumi.local.yaml: crucible:kubernetes: it is missing"):
+        load_local({"crucible:policies": '{"images": {}}'})
+
+
+def test_an_image_that_is_not_named_by_its_digest_may_not_run() -> None:
+    digest = "sha256:" + "0" * 64
+    assert loaded(policies={"images": {"python": f"registry.example.org/runner@{digest}"}})
+    with pytest.raises(ConfigError, match=r"crucible:policies.images.python: "):
+        loaded(policies={"images": {"python": "registry.example.org/runner:latest"}})
+
+
+def environment(vpc_cidr: str, account: str = "1" * 12) -> dict[str, Any]:
+    return {"account": account, "vpc_cidr": vpc_cidr, "cluster_access": {"networks": [], "admins": ["Admin"]}}
 
 
 @pytest.mark.parametrize(
     ("environments", "says"),
     [
         (
-            {"dev": {"account": "1" * 12, "vpc_cidr": "10.0.0.0/16"}, "staging": {"account": "2" * 12, "vpc_cidr": "10.0.128.0/17"}},
+            {"dev": environment("10.0.0.0/16"), "staging": environment("10.0.128.0/17", "2" * 12)},
             "organisation.yaml: environments.staging.vpc_cidr: 10.0.128.0/17 overlaps 10.0.0.0/16 of dev",
         ),
         (
-            {"dev": {"account": "1" * 12, "vpc_cidr": "10.0.0.0/22"}},
+            {"dev": environment("10.0.0.0/22")},
             "organisation.yaml: environments.dev.vpc_cidr: 10.0.0.0/22: a VPC is a /16 to a /20",
         ),
-        ({"staging": {"account": "2" * 12, "vpc_cidr": "10.0.0.0/16"}}, "organisation.yaml: environments: there is none called dev"),
+        (
+            {"dev": environment("172.20.0.0/16")},
+            "Pulumi.dev.yaml: crucible:cluster.service_cidr: 172.20.0.0/16 overlaps the VPC's 172.20.0.0/16",
+        ),
+        ({"staging": environment("10.0.0.0/16", "2" * 12)}, "organisation.yaml: environments: there is none called dev"),
     ],
 )  # fmt: skip
 def test_addresses_that_cannot_be_used_are_told(environments: dict[str, Any], says: str) -> None:
@@ -146,8 +172,14 @@ def test_addresses_that_cannot_be_used_are_told(environments: dict[str, Any], sa
         ("a: [", "organisation.yaml: it is no YAML"),
         ("name: example\n", "organisation.yaml: domain: it is missing"),
         ("accounts: {}\n", "organisation.yaml: accounts: there is no such key"),
-        ("api_access_cidrs: [0.0.0.0/0]\n", "api_access_cidrs.0: 0.0.0.0/0 is most of the internet"),
-        ("api_access_cidrs: [192.0.2.1/24]\n", "write the network's first address and its length"),
+        (
+            "environments: {dev: {cluster_access: {networks: [0.0.0.0/0]}}}\n",
+            "cluster_access.networks.0: 0.0.0.0/0 is most of the internet",
+        ),
+        (
+            "environments: {dev: {cluster_access: {networks: [192.0.2.1/24]}}}\n",
+            "write the network's first address and its length",
+        ),
         ("environments: {dev: {account: '12', vpc_cidr: 10.0.0.0/16}}\n", "environments.dev.account: "),
     ],
 )
@@ -158,3 +190,12 @@ def test_a_mistake_in_the_organisations_file_is_told(tmp_path: Path, text: str |
     with pytest.raises(ConfigError) as told:
         load_organisation(path)
     assert says in str(told.value)
+
+
+def test_a_release_of_the_nodes_image_is_of_the_clusters_version() -> None:
+    nodes = stack_file("dev")["crucible:nodes"]
+    assert loaded(nodes={**nodes, "ami_release": "1.36.4-20260923"})
+    with pytest.raises(
+        ConfigError, match=r"crucible:nodes.ami_release: 1.35.1-20260923 is not of crucible:cluster.version, 1.36"
+    ):
+        loaded(nodes={**nodes, "ami_release": "1.35.1-20260923"})
