@@ -7,6 +7,7 @@ what the engine makes of the program: what is created, changed, replaced, kept a
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from crucible_platform.cli import stack_values
 from crucible_platform.rehearsal import rehearse_platform
 from crucible_platform.section import ROOT
 from crucible_platform.stack import EXAMPLE_FILE, ORGANISATION_VARIABLE
+from tests.infra.test_policy_rules import REFUSES
 from tests.support.capabilities import needs
 from tests.support.folders import scratch_dir
 from tests.support.pulumi_engine import STAND_IN, Engine, EngineError, open_stack
@@ -102,3 +104,24 @@ def test_a_mistake_in_the_configuration_is_told_and_nothing_is_made_of_it(engine
     assert "Pulumi.dev.yaml: crucible:nat.mode: Input should be 'gateway' or 'none'" in str(told.value)
     assert "Traceback" not in str(told.value)
     assert engine.objects() == []
+
+
+# -- with the policy pack
+
+
+@pytest.fixture
+def pack() -> Path:
+    subprocess.run([ROOT / "scripts" / "policy-pack"], check=True)
+    return ROOT / "policies" / "pulumi"
+
+
+def test_the_platform_passes_the_policy_pack(engine: Engine, pack: Path) -> None:
+    assert engine.act("preview", pack=pack)["create"] > 0
+
+
+def test_each_rule_of_the_policy_pack_denies_what_it_is_for(engine: Engine, pack: Path) -> None:
+    with pytest.raises(EngineError) as denied:
+        engine.act("preview", program="tests.support.violators:program", pack=pack)
+    found = re.findall(r"\[mandatory\]\s+([a-z0-9-]+)\s+\([^)]*: ([^)\s]+)\)", str(denied.value))
+    own = {rule for rule, name in found if name.startswith(f"{rule}-")}
+    assert own == REFUSES.keys(), "a rule that denied none of its own examples"

@@ -46,9 +46,10 @@ def test_what_is_rendered_is_applied_whole_and_the_second_time_changes_nothing(
 
 
 def normal(found: dict[str, Any]) -> dict[str, Any]:
-    """An object without what kustomize and we choose differently on purpose: the suffix that tells contents apart, and
-    the namespace that kustomize gives to policies, which are in none."""
+    """An object without what kustomize and we choose differently on purpose: the suffix that tells contents apart, the namespace that
+    kustomize gives to policies, which are in none, and the line ends that it doubles in folded text."""
     text = re.sub(r"(gvisor-installer)-[a-z0-9]{10}\b", r"\1-suffix", json.dumps(found))
+    text = re.sub(r"(\\n)+", r"\\n", text)
     found = dict(json.loads(text))
     if found["kind"].startswith("ValidatingAdmissionPolicy"):
         found["metadata"].pop("namespace", None)

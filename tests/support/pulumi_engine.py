@@ -2,11 +2,14 @@
 
 Each act is a process of its own, as each `pulumi up` is: the SDK leaves a half-run program behind in the process where the engine gave up.
 
-    python -m tests.support.pulumi_engine FOLDER STACK up|preview|refresh|destroy
+    python -m tests.support.pulumi_engine FOLDER STACK up|preview|refresh|destroy PROGRAM [POLICY-PACK]
+
+PROGRAM is a function, such as tests.support.pulumi_engine:platform.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -21,12 +24,13 @@ from pulumi import automation as auto
 from crucible_platform.rehearsal import PROGRAM, PROJECT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = (
     "AWS's provider is a stand-in here: the engine, its state and the program are real, what AWS would say is not"
 )
+PLATFORM = "tests.support.pulumi_engine:platform"
 _VARIABLES = "variables.json"
 _ACT_SECONDS = 120
 
@@ -52,13 +56,19 @@ class Engine:
         """Where the stand-in keeps what it made, a file each."""
         return self.folder / "aws"
 
-    def act(self, what: str) -> dict[str, int]:
+    def act(self, what: str, *, program: str = PLATFORM, pack: Path | None = None) -> dict[str, int]:
         """Do something, and return how many resources were created, updated, left the same, ...
+
+        Args:
+            what: up, preview, refresh or destroy.
+            program: a function, by its module and name.
+            pack: a policy pack that is asked about it, whose environment is in its folder `.venv`.
 
         Raises:
             EngineError: it was not done, or only in part.
         """
-        command = [sys.executable, "-m", __name__, str(self.folder), self.name, what]
+        packs = [str(pack)] if pack else []
+        command = [sys.executable, "-m", __name__, str(self.folder), self.name, what, program, *packs]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=_ACT_SECONDS, check=False)
         if done.returncode:
             raise EngineError(done.stderr or done.stdout)
@@ -74,7 +84,9 @@ class Engine:
 
     def configure(self, config: Mapping[str, str]) -> None:
         """Set what `Pulumi.<stack>.yaml` says; keys that are not named stay as they are."""
-        select(self.folder, self.name).set_all_config({key: auto.ConfigValue(value) for key, value in config.items()})
+        select(self.folder, self.name, platform).set_all_config(
+            {key: auto.ConfigValue(value) for key, value in config.items()}
+        )
 
     def fail_at(self, *names: str) -> None:
         """Have the provider fail at some resources, by name; at none that were named before."""
@@ -98,11 +110,13 @@ def open_stack(
         each.mkdir()
     for name in ("aws", "kubernetes"):
         (plugins / f"pulumi-resource-{name}").symlink_to(ROOT / "tests" / "support" / "provider" / "serve")
+    (plugins / "pulumi-analyzer-policy-python").symlink_to(ROOT / "tests" / "support" / "provider" / "analyze")
     variables = {
         # Nothing but the engine and the stand-in: a language host would run the program a second way.
         "PATH": f"{plugins}:{pulumi / 'bin'}:/usr/bin:/bin",
         "STAND_IN_FOLDER": str(engine.made),
         "STAND_IN_PYTHON": sys.executable,
+        "POLICY_PYTHON": str(ROOT / "policies" / "pulumi" / ".venv" / "bin" / "python"),
         "PULUMI_ROOT": str(pulumi),
         "PULUMI_HOME": str(folder / "home"),
         "PULUMI_BACKEND_URL": state.as_uri(),
@@ -115,13 +129,12 @@ def open_stack(
         **environment,
     }
     (folder / _VARIABLES).write_text(json.dumps(variables))
-    select(folder, stack)
     engine.configure(config)
     return engine
 
 
-def select(folder: Path, stack: str) -> auto.Stack:
-    """Return the stack of a folder, made now if it is not there."""
+def select(folder: Path, stack: str, program: Callable[[], None]) -> auto.Stack:
+    """Return the stack of a folder, made now if it is not there, with what makes its resources."""
     variables = json.loads((folder / _VARIABLES).read_text())
     options = auto.LocalWorkspaceOptions(
         work_dir=str(folder),
@@ -129,19 +142,20 @@ def select(folder: Path, stack: str) -> auto.Stack:
         pulumi_command=auto.PulumiCommand(variables["PULUMI_ROOT"], skip_version_check=True),
         project_settings=auto.ProjectSettings(name=PROJECT, runtime="python"),
     )
-    return auto.create_or_select_stack(stack, project_name=PROJECT, program=_platform, opts=options)
+    return auto.create_or_select_stack(stack, project_name=PROJECT, program=program, opts=options)
 
 
-def _platform() -> None:
+def platform() -> None:
+    """Run the platform's own program."""
     runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
-def _act(stack: auto.Stack, what: str) -> Mapping[Any, int]:
+def _act(stack: auto.Stack, what: str, packs: list[str]) -> Mapping[Any, int]:
     match what:
         case "preview":
-            return stack.preview().change_summary
+            return stack.preview(policy_packs=packs).change_summary
         case "up":
-            return stack.up().summary.resource_changes or {}
+            return stack.up(policy_packs=packs).summary.resource_changes or {}
         case "refresh":
             return stack.refresh().summary.resource_changes or {}
         case "destroy":
@@ -149,11 +163,13 @@ def _act(stack: auto.Stack, what: str) -> Mapping[Any, int]:
     raise ValueError(f"{what}: up, preview, refresh or destroy")
 
 
-def main(folder: str, name: str, what: str) -> int:
+def main(folder: str, name: str, what: str, program: str, *packs: str) -> int:
     """Do one thing and print what it changed."""
+    module, _, function = program.partition(":")
     os.environ.update(json.loads((Path(folder) / _VARIABLES).read_text()))
     try:
-        changed = _act(select(Path(folder), name), what)
+        makes = getattr(importlib.import_module(module), function)
+        changed = _act(select(Path(folder), name, makes), what, list(packs))
     except auto.CommandError as error:
         sys.stderr.write(str(error))
         return 1
