@@ -10,7 +10,9 @@ from crucible_platform.cluster import AddOns, Cluster
 from crucible_platform.nat import NatGateways, NatMode
 from crucible_platform.network import Network
 from crucible_platform.node_groups import NodeGroups
+from crucible_platform.outputs import Outputs
 from crucible_platform.policies import Policies
+from crucible_platform.registry import Registry
 from crucible_platform.stack import LOCAL, Local, read
 
 stack = read()
@@ -40,6 +42,8 @@ else:
     cluster = Cluster(stack.config.cluster, place, network, access=stack.environment.cluster_access, opts=on_aws)
     nodes = NodeGroups(stack.config.nodes, place, network, cluster, way_out=way_out, opts=on_aws)
     add_ons = AddOns(stack.config.cluster, place, cluster, nodes=nodes, opts=on_aws)
+    registry = Registry(stack.config.registry, place, opts=on_aws)
+    outputs = Outputs(stack.config.outputs, place, organisation=stack.organisation.name, opts=on_aws)
     in_cluster = kubernetes.Provider(
         place.name, kubeconfig=cluster.kubeconfig, opts=pulumi.ResourceOptions(depends_on=[cluster])
     )
@@ -47,5 +51,9 @@ else:
     pulumi.export("cluster_name", cluster.name)
     pulumi.export("cluster_endpoint", cluster.endpoint)
     pulumi.export("volume_key_arn", add_ons.volume_key_arn)
+    pulumi.export("image_repositories", registry.urls)
+    pulumi.export("outputs_url", outputs.outputs_url)
+    pulumi.export("backups_bucket", outputs.backups_bucket)
+    pulumi.export("storage_role_arn", outputs.storage_role_arn)
 
 Policies(config.policies, environment=environment, opts=pulumi.ResourceOptions(provider=in_cluster))

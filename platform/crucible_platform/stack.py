@@ -23,8 +23,10 @@ from crucible_platform.cluster import ClusterAccess, ClusterConfig
 from crucible_platform.nat import NatConfig, NatMode
 from crucible_platform.network import Endpoint, NetworkConfig, plan_subnets
 from crucible_platform.node_groups import NodesConfig
+from crucible_platform.outputs import OutputsConfig
 from crucible_platform.place import PREFIX, Place
 from crucible_platform.policies import PoliciesConfig
+from crucible_platform.registry import RegistryConfig
 from crucible_platform.section import ROOT, AccountId, Cidr, Region, Section
 
 if TYPE_CHECKING:
@@ -103,6 +105,8 @@ class CloudConfig(InCluster):
     nat: NatConfig
     cluster: ClusterConfig
     nodes: NodesConfig
+    registry: RegistryConfig
+    outputs: OutputsConfig
 
 
 def problems_between(config: CloudConfig, organisation: Organisation, stack: EnvironmentName) -> Iterator[str]:

@@ -137,6 +137,7 @@ LAUNCH = {
 BUCKET = "aws:s3/bucket:Bucket"
 BLOCK = "aws:s3/bucketPublicAccessBlock:BucketPublicAccessBlock"
 ENCRYPTION = "aws:s3/bucketServerSideEncryptionConfiguration:BucketServerSideEncryptionConfiguration"
+LOGGING = "aws:s3/bucketLogging:BucketLogging"
 BUCKET_POLICY = "aws:s3/bucketPolicy:BucketPolicy"
 CLOSED = dict.fromkeys(("blockPublicAcls", "blockPublicPolicy", "ignorePublicAcls", "restrictPublicBuckets"), True)
 TEMPLATE = "aws:ec2/launchTemplate:LaunchTemplate"
@@ -227,6 +228,16 @@ PASSES: dict[str, list[Case]] = {
         ),
     ],
     "buckets-encrypted": [Case(sse(sseAlgorithm="aws:kms", kmsMasterKeyId=KEY_ARN))],
+    "buckets-own-keys": [
+        Case(
+            {"b": (BUCKET, {}), "e": sse(sseAlgorithm="aws:kms", kmsMasterKeyId=UNKNOWN)},
+            sources={("e", "bucket"): "b"},
+        ),
+        Case(
+            {"b": (BUCKET, {}), "e": sse(sseAlgorithm="AES256"), "l": (LOGGING, {"targetPrefix": "x/"})},
+            sources={("e", "bucket"): "b", ("l", "targetBucket"): "b"},
+        ),
+    ],
     "encrypted-in-transit": [
         Case(
             (BUCKET_POLICY, {"policy": policy(allow("s3:GetObject", BUCKET_ARN, Principal=ACCOUNT_ITSELF), TLS_ONLY)})
@@ -435,9 +446,17 @@ REFUSES: dict[str, list[Case]] = {
         ),
     ],
     "buckets-encrypted": [
-        Case(sse(sseAlgorithm="AES256"), ("rules[0].applyServerSideEncryptionByDefault.sseAlgorithm is AES256; set it to aws:kms",)),
+        Case(sse(sseAlgorithm="none"), ("rules[0].applyServerSideEncryptionByDefault.sseAlgorithm is none; set it to aws:kms",)),
         Case(sse(sseAlgorithm="aws:kms"), (".kmsMasterKeyId is not set",)),
         Case((ENCRYPTION, {"rules": []}), ("rules is empty",)),
+    ],
+    "buckets-own-keys": [
+        Case({"e": sse(sseAlgorithm="AES256")}, ("e: rules say AES256",)),
+        Case(
+            {"b": (BUCKET, {}), "other": (BUCKET, {}), "e": sse(sseAlgorithm="AES256"), "l": (LOGGING, {"targetPrefix": "x/"})},
+            ("e: rules say AES256",),
+            sources={("e", "bucket"): "b", ("l", "targetBucket"): "other"},
+        ),
     ],
     "encrypted-in-transit": [
         Case((BUCKET_POLICY, {"policy": policy()}), ("policy lets plain HTTP through; add a Deny",)),

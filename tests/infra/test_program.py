@@ -40,6 +40,8 @@ IN_CLOUD = {
     "crucible:cluster:Cluster": "a Kubernetes API",
     "crucible:node_groups:NodeGroups": "nodes in each zone, for the platform and for sandboxes",
     "crucible:cluster:AddOns": "names inside the cluster, and volumes",
+    "crucible:registry:Registry": "a place for images",
+    "crucible:outputs:Outputs": "buckets for outputs and backups",
 }
 IN_CLUSTER = {
     "crucible:policies:Policies": "admission, network policies, rights and quota",

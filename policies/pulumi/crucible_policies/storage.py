@@ -17,6 +17,8 @@ BUCKETS = {"aws:s3/bucket:Bucket", "aws:s3/bucketV2:BucketV2"}
 BUCKET_ACLS = {"aws:s3/bucketAcl:BucketAcl", "aws:s3/bucketAclV2:BucketAclV2"}
 BUCKET_BLOCK = "aws:s3/bucketPublicAccessBlock:BucketPublicAccessBlock"
 ACCOUNT_BLOCK = "aws:s3/accountPublicAccessBlock:AccountPublicAccessBlock"
+BUCKET_LOGGING = {"aws:s3/bucketLogging:BucketLogging", "aws:s3/bucketLoggingV2:BucketLoggingV2"}
+S3_OWN = "AES256"
 BUCKET_POLICY = "aws:s3/bucketPolicy:BucketPolicy"
 BUCKET_ENCRYPTION = {
     "aws:s3/bucketServerSideEncryptionConfiguration:BucketServerSideEncryptionConfiguration",
@@ -149,10 +151,28 @@ def bucket_encryption(found: Resource) -> Iterator[str]:
     for number, rule in enumerate(rules):
         where = f"rules[{number}].applyServerSideEncryptionByDefault"
         said = rule.get("applyServerSideEncryptionByDefault") or {}
+        if said.get("sseAlgorithm") == S3_OWN:
+            continue  # `buckets_of_s3s_own_key` sees whose bucket it is
         if said.get("sseAlgorithm") not in {"aws:kms", "aws:kms:dsse"}:
             yield f"{where}.sseAlgorithm is {said.get('sseAlgorithm')}; set it to aws:kms, and {_OWN} in kmsMasterKeyId"
         else:
             yield from _not_own(f"{where}.kmsMasterKeyId", said.get("kmsMasterKeyId"))
+
+
+def buckets_of_s3s_own_key(resources: Sequence[Resource]) -> Iterator[tuple[Resource, str]]:
+    """Tell which buckets have S3's own key, but for those that S3 delivers access logs to, for which it takes no other."""
+    logs = [each for each in resources if each.type in BUCKET_LOGGING]
+    for found in (each for each in resources if each.type in BUCKET_ENCRYPTION):
+        rules = found.properties.known("rules") or ()
+        defaults = [rule.known("applyServerSideEncryptionByDefault") or {} for rule in rules]
+        if all(default.get("sseAlgorithm") != S3_OWN for default in defaults):
+            continue
+        own = [each for each in resources if each.type in BUCKETS and found.is_part_of(each, "bucket", "bucket", "id")]
+        if not any(log.is_part_of(bucket, "targetBucket", "bucket", "id") for log in logs for bucket in own):
+            yield (
+                found,
+                f"rules say {S3_OWN}, which is S3's own key; set sseAlgorithm to aws:kms, and {_OWN} in kmsMasterKeyId",
+            )
 
 
 def in_the_clear(found: Resource) -> Iterator[str]:
@@ -242,10 +262,17 @@ RULES = (
     ),
     ResourceRule(
         "buckets-encrypted",
-        "a bucket's encryption by anything but a KMS key of the account",
+        "a bucket's encryption by anything but a KMS key of the account, or S3's own",
         "what S3 does by default lets everyone who may read the bucket read the data",
         "`sseAlgorithm: aws:kms` and `kmsMasterKeyId`",
         bucket_encryption,
+    ),
+    StackRule(
+        "buckets-own-keys",
+        "a bucket under S3's own key, unless access logs are delivered to it",
+        "S3's own key lets everyone who may read the bucket read the data; for access logs it takes no other",
+        "`sseAlgorithm: aws:kms` and `kmsMasterKeyId`",
+        buckets_of_s3s_own_key,
     ),
     ResourceRule(
         "encrypted-in-transit",
