@@ -13,6 +13,7 @@ from crucible_platform.node_groups import NodeGroups
 from crucible_platform.outputs import Outputs
 from crucible_platform.policies import Policies
 from crucible_platform.registry import Registry
+from crucible_platform.sandbox_runtime import SandboxRuntime
 from crucible_platform.stack import LOCAL, Local, read
 
 stack = read()
@@ -56,4 +57,7 @@ else:
     pulumi.export("backups_bucket", outputs.backups_bucket)
     pulumi.export("storage_role_arn", outputs.storage_role_arn)
 
-Policies(config.policies, environment=environment, opts=pulumi.ResourceOptions(provider=in_cluster))
+by_cluster = pulumi.ResourceOptions(provider=in_cluster)
+policies = Policies(config.policies, environment=environment, opts=by_cluster)
+if installer := config.sandbox_runtime.installer:
+    SandboxRuntime(installer, environment=environment, after=policies, opts=by_cluster)

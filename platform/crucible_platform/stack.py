@@ -27,6 +27,7 @@ from crucible_platform.outputs import OutputsConfig
 from crucible_platform.place import PREFIX, Place
 from crucible_platform.policies import PoliciesConfig
 from crucible_platform.registry import RegistryConfig
+from crucible_platform.sandbox_runtime import SandboxRuntimeConfig
 from crucible_platform.section import ROOT, AccountId, Cidr, Region, Section
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class InCluster(Section):
     """What every stack has in its cluster."""
 
     policies: PoliciesConfig
+    sandbox_runtime: SandboxRuntimeConfig
 
 
 class LocalConfig(InCluster):
