@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import boto3
 import pytest
 import structlog
-from moto.server import ThreadedMotoServer
 
 from crucible import contracts as c
 from crucible.evaluation import Reason, State
 from crucible.frames import Frame, Kind
 from crucible.limits import Limits
 from crucible.resilience import CallFailedError
+from tests.support.aws import played_by_moto
 from tests.support.postgres import fresh_database
 from tests.support.storage import Bench, running_storage, storage_over
 from tests.support.waits import pass_time
@@ -48,16 +48,9 @@ async def bench() -> AsyncIterator[Bench]:
 
 @pytest.fixture(scope="module")
 def s3_by_moto(request: pytest.FixtureRequest) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line(
-            "\nstand-in: S3 is played by moto on loopback; see the module's docstring for what that leaves open"
-        )
-    yield f"http://{host}:{port}"
-    server.stop()
+    yield from played_by_moto(
+        request, "S3 is played by moto on loopback; see the module's docstring for what that leaves open"
+    )
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ import pytest
 from botocore.awsrequest import AWSResponse  # type: ignore[import-untyped]
 from botocore.exceptions import EndpointConnectionError, ReadTimeoutError  # type: ignore[import-untyped]
 from moto.eks.responses import EKSResponse
-from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
 from crucible_platform.upgrade import read
@@ -29,6 +28,7 @@ from crucible_platform.upgrade.command import ExitCode, app, exit_code
 from crucible_platform.upgrade.plan import Addon, Refusal, StepKind, UpgradePlan, plan
 from crucible_platform.upgrade.read import ReadError, Reading, Reason, eks_client, read_cluster
 from crucible_platform.upgrade.versions import Minor
+from tests.support.aws import played_by_moto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -217,16 +217,9 @@ def _credentials(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def moto(request: pytest.FixtureRequest) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line(
-            f"\nstand-in: EKS is played by moto on loopback, and {', '.join(STANDS_IN_FOR)} by the test itself"
-        )
-    yield f"http://{host}:{port}"
-    server.stop()
+    yield from played_by_moto(
+        request, f"EKS is played by moto on loopback, and {', '.join(STANDS_IN_FOR)} by the test itself"
+    )
 
 
 @pytest.fixture(scope="module")
