@@ -7,6 +7,7 @@ import pulumi_aws as aws
 import pulumi_kubernetes as kubernetes
 
 from crucible_platform.cluster import AddOns, Cluster
+from crucible_platform.delivery_access import DeliveryAccess
 from crucible_platform.nat import NatGateways, NatMode
 from crucible_platform.network import Network
 from crucible_platform.node_groups import NodeGroups
@@ -45,6 +46,18 @@ else:
     add_ons = AddOns(stack.config.cluster, place, cluster, nodes=nodes, opts=on_aws)
     registry = Registry(stack.config.registry, place, opts=on_aws)
     outputs = Outputs(stack.config.outputs, place, organisation=stack.organisation.name, opts=on_aws)
+    delivery = DeliveryAccess(
+        stack.config.delivery,
+        place,
+        organisation=stack.organisation.name,
+        repository=stack.organisation.repository,
+        alarm_email=stack.organisation.alarm_email,
+        registry=registry,
+        cluster_name=cluster.name,
+        break_glass=stack.environment.break_glass,
+        state=stack.environment.state,
+        opts=on_aws,
+    )
     in_cluster = kubernetes.Provider(
         place.name, kubeconfig=cluster.kubeconfig, opts=pulumi.ResourceOptions(depends_on=[cluster])
     )
@@ -56,6 +69,11 @@ else:
     pulumi.export("outputs_url", outputs.outputs_url)
     pulumi.export("backups_bucket", outputs.backups_bucket)
     pulumi.export("storage_role_arn", outputs.storage_role_arn)
+    pulumi.export("plan_role_arn", delivery.plan_role_arn)
+    pulumi.export("up_role_arn", delivery.up_role_arn)
+    pulumi.export("images_role_arn", delivery.images_role_arn)
+    pulumi.export("break_glass_role_arn", delivery.break_glass_role_arn)
+    pulumi.export("alarm_topic_arn", delivery.alarm_topic_arn)
 
 by_cluster = pulumi.ResourceOptions(provider=in_cluster)
 policies = Policies(config.policies, environment=environment, opts=by_cluster)

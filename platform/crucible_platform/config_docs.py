@@ -68,8 +68,13 @@ def _rows(schema: Schema, shared: dict[str, Schema], path: str) -> Iterator[tupl
     for name, found in schema["properties"].items():
         said = _resolved(found, shared)
         key = f"{path}{name}"
-        entry = _resolved(said.get("additionalProperties") or {}, shared)
-        if "properties" in said:
+        additional = said.get("additionalProperties")
+        entry = _resolved(additional if isinstance(additional, dict) else {}, shared)
+        options = [_resolved(each, shared) for each in said.get("anyOf", [])]
+        if optional := next((each for each in options if "properties" in each), None):
+            yield (f"`{key}`", "a section", "unset", "", said.get("description", ""))
+            yield from _rows(optional, shared, f"{key}.")
+        elif "properties" in said:
             yield from _rows(said, shared, f"{key}.")
         elif "properties" in entry:
             yield (f"`{key}`", "one section for each", "required", _bounds(said, shared), said.get("description", ""))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from crucible_platform.place import Place
 
 VERSION = "2012-10-17"
+# What roles that `up` makes can do at most: everything but IAM, the organisation, and the account. It is AWS's own, so nobody here can change
+# it, and it is there before any role.
+BOUNDARY = "arn:aws:iam::aws:policy/PowerUserAccess"
 # What only looks; with these, `*` as the resource is often the only one that AWS takes.
 _READS = re.compile(r"^[a-z0-9-]+:(Get|List|Describe|BatchGet|BatchCheck|Check|Lookup|Head)[A-Za-z]*\*?$")
 
@@ -66,7 +69,35 @@ class Allow:
         return statement
 
 
-def policy(*statements: Allow) -> pulumi.Output[str]:
+@dataclass(frozen=True)
+class Deny:
+    """A statement that wins over all that allow, those of later days included. So it may be as wide as it likes.
+
+    Attributes:
+        actions: such as `iam:*AccessKey*`.
+        resources: ARNs, known now or once they are made.
+        conditions: operator -> key -> value.
+        elsewhere: whether it is about all resources but these.
+    """
+
+    actions: Sequence[str]
+    resources: Sequence[pulumi.Input[str]]
+    conditions: Mapping[str, Mapping[str, pulumi.Input[str]]] = field(default_factory=dict)
+    elsewhere: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """Return it as IAM has it."""
+        statement: dict[str, Any] = {
+            "Effect": "Deny",
+            "Action": list(self.actions),
+            "NotResource" if self.elsewhere else "Resource": list(self.resources),
+        }
+        if self.conditions:
+            statement["Condition"] = self.conditions
+        return statement
+
+
+def policy(*statements: Allow | Deny) -> pulumi.Output[str]:
     """Return a policy document."""
     return pulumi.Output.json_dumps({"Version": VERSION, "Statement": [each.document() for each in statements]})
 
@@ -107,6 +138,7 @@ def role(
         name=full,
         description=description,
         assume_role_policy=pulumi.Output.json_dumps({"Version": VERSION, "Statement": [{"Effect": "Allow", **trust}]}),
+        permissions_boundary=BOUNDARY,
         opts=opts,
     )
     policies: list[pulumi.Resource] = []

@@ -20,6 +20,7 @@ from pulumi.runtime.config import CONFIG, get_config_env
 from pydantic import Field, ValidationError
 
 from crucible_platform.cluster import ClusterAccess, ClusterConfig
+from crucible_platform.delivery_access import BreakGlass, DeliveryConfig, StateBackend
 from crucible_platform.nat import NatConfig, NatMode
 from crucible_platform.network import Endpoint, NetworkConfig, plan_subnets
 from crucible_platform.node_groups import NodesConfig
@@ -59,6 +60,10 @@ class Environment(Section):
     account: AccountId = Field(description="AWS account, twelve digits in quotes; nothing is made in any other")
     vpc_cidr: Cidr = Field(description="Addresses of its VPC, /16 to /20, that nothing connected with it uses")
     cluster_access: ClusterAccess
+    break_glass: BreakGlass = BreakGlass()
+    state: StateBackend | None = Field(
+        default=None, description="Where Pulumi keeps this environment's state, if that is a bucket of its account"
+    )
 
 
 class Organisation(Section):
@@ -72,7 +77,8 @@ class Organisation(Section):
         pattern=r"^([a-z0-9-]+\.)+[a-z]{2,}$", description="DNS domain below which the platform is reached"
     )
     repository: str = Field(
-        pattern=r"^[A-Za-z0-9-]+/[A-Za-z0-9._-]+$", description="GitHub repository that deploys, `owner/name`"
+        pattern=r"^[A-Za-z0-9-]+(@[0-9]+)?/[A-Za-z0-9._-]+(@[0-9]+)?$",
+        description="GitHub repository that deploys, `owner/name`, or `owner@1/name@2` if its OIDC settings show it with numbers",
     )
     alarm_email: str = Field(pattern=r"^[^@\s]+@[^@\s]+$", description="Who is told of alarms of the infrastructure")
     environments: dict[EnvironmentName, Environment] = Field(min_length=1, description="One entry for each environment")
@@ -109,6 +115,7 @@ class CloudConfig(InCluster):
     nodes: NodesConfig
     registry: RegistryConfig
     outputs: OutputsConfig
+    delivery: DeliveryConfig
 
 
 def problems_between(config: CloudConfig, organisation: Organisation, stack: EnvironmentName) -> Iterator[str]:

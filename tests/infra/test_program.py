@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from crucible_platform.cli import app, component_edges, manifests, stack_values, tree
 from crucible_platform.config_docs import reference
+from crucible_platform.delivery_rights import READS, WRITES
 from crucible_platform.manifests import FIRST, name_of, read
 from crucible_platform.rehearsal import Rehearsal, rehearse_platform, unknown_properties
 from crucible_platform.section import ROOT, Section
@@ -42,6 +43,7 @@ IN_CLOUD = {
     "crucible:cluster:AddOns": "names inside the cluster, and volumes",
     "crucible:registry:Registry": "a place for images",
     "crucible:outputs:Outputs": "buckets for outputs and backups",
+    "crucible:delivery_access:DeliveryAccess": "roles for what delivers, and a way in for emergencies",
 }
 IN_CLUSTER = {
     "crucible:policies:Policies": "admission, network policies, rights and quota",
@@ -212,3 +214,15 @@ def test_the_control_plane_is_in_the_zones_that_it_began_with_so_that_one_can_be
     for stack in CLOUDS:
         subnets = stacks[stack].one("aws:eks/cluster:Cluster").inputs["vpcConfig"]["subnetIds"]
         assert subnets == [f"crucible-{stack}-private-eu-central-1{zone}-id" for zone in "ab"]
+
+
+def test_what_up_makes_it_may_change_and_see(stacks: dict[str, Rehearsal]) -> None:
+    """A service that a component comes to use must be in the tables of what delivers may do."""
+    services = {
+        each.type.split(":")[1].split("/")[0] for each in stacks["production"].resources if each.type.startswith("aws:")
+    }
+    # A security group's rules are EC2's, and roles and keys have rights of their own.
+    named = {"vpc": "ec2", "cloudwatch": "logs"}
+    apart = {"iam", "kms"}
+    assert {named.get(each, each) for each in services} - apart <= WRITES.keys()
+    assert {named.get(each, each) for each in services} <= READS.keys()

@@ -60,6 +60,7 @@ UNSCOPED = {
     "ec2messages:DeleteMessage",
     "ec2messages:FailMessage",
     "ec2messages:SendReply",
+    "kms:CreateKey",
     "ssmmessages:CreateControlChannel",
     "ssmmessages:CreateDataChannel",
     "ssmmessages:OpenControlChannel",
