@@ -15,6 +15,7 @@ from crucible_platform.outputs import Outputs
 from crucible_platform.policies import Policies
 from crucible_platform.registry import Registry
 from crucible_platform.sandbox_runtime import SandboxRuntime
+from crucible_platform.servers import Servers
 from crucible_platform.stack import LOCAL, Local, read
 
 stack = read()
@@ -23,6 +24,7 @@ config = stack.config
 if isinstance(stack, Local):
     environment = LOCAL
     in_cluster = kubernetes.Provider(LOCAL, context=stack.config.kubernetes.context)
+    volume_key_arn: pulumi.Output[str] | None = None
 else:
     place = stack.place
     environment = place.stack
@@ -64,7 +66,7 @@ else:
     pulumi.export("vpc_id", network.vpc_id)
     pulumi.export("cluster_name", cluster.name)
     pulumi.export("cluster_endpoint", cluster.endpoint)
-    pulumi.export("volume_key_arn", add_ons.volume_key_arn)
+    volume_key_arn = add_ons.volume_key_arn
     pulumi.export("image_repositories", registry.urls)
     pulumi.export("outputs_url", outputs.outputs_url)
     pulumi.export("backups_bucket", outputs.backups_bucket)
@@ -79,3 +81,5 @@ by_cluster = pulumi.ResourceOptions(provider=in_cluster)
 policies = Policies(config.policies, environment=environment, opts=by_cluster)
 if installer := config.sandbox_runtime.installer:
     SandboxRuntime(installer, environment=environment, after=policies, opts=by_cluster)
+if config.servers.images:
+    Servers(config.servers, environment=environment, after=policies, volume_key_arn=volume_key_arn, opts=by_cluster)

@@ -12,12 +12,13 @@ import typer
 import yaml
 
 from crucible_platform.manifests import FIRST
+from crucible_platform.place import PREFIX
 from crucible_platform.section import ROOT
 from crucible_platform.stack import EXAMPLE_FILE, LOCAL, ORGANISATION_FILE, ORGANISATION_VARIABLE, REFERENCE
 from crucible_platform.upgrade.command import app as upgrade
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from crucible_platform.rehearsal import Rehearsal, Rehearsed
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 app.add_typer(upgrade, name="upgrade")
+RUNNER, INSTALLER, SERVERS = "runner", "gvisor-installer", ("postgres", "rabbitmq", "redis")
 StackOption = Annotated[str, typer.Option("--stack", "-s", help="dev, staging, production or local")]
 
 
@@ -47,8 +49,8 @@ def stack_values(stack: str) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}
 
 
-def rehearsal_of(stack: str) -> Rehearsal:
-    """Rehearse a stack, with the example of an organisation where there is no file of one's own."""
+def rehearsal_of(stack: str, values: Mapping[str, str] | None = None) -> Rehearsal:
+    """Rehearse a stack, by its own values or others, with the example of an organisation where there is no file of one's own."""
     import pulumi  # noqa: PLC0415 - takes a second, which `--help` need not wait for
 
     from crucible_platform.rehearsal import rehearse_platform  # noqa: PLC0415
@@ -58,7 +60,7 @@ def rehearsal_of(stack: str) -> Rehearsal:
         typer.echo(stands_in, err=True)
         os.environ[ORGANISATION_VARIABLE] = str(ROOT / EXAMPLE_FILE)
     try:
-        return rehearse_platform(stack, stack_values(stack))
+        return rehearse_platform(stack, values or stack_values(stack))
     except pulumi.RunError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
@@ -157,9 +159,43 @@ def cost(stack: StackOption) -> None:
 
 
 @app.command()
-def render(stack: StackOption) -> None:
+def render(
+    stack: StackOption,
+    images: Annotated[
+        typer.FileText | None,
+        typer.Option(help="What `make images` printed (`-`: from standard input), for a stack that has no images yet"),
+    ] = None,
+) -> None:
     """Print every Kubernetes object of a stack as YAML, in an order that `kubectl apply` can take them in; no cluster is asked."""
-    typer.echo(yaml.safe_dump_all(manifests(rehearsal_of(stack))), nl=False)
+    values = stack_values(stack) | (with_images(stack_values(stack), images.read()) if images else {})
+    typer.echo(yaml.safe_dump_all(manifests(rehearsal_of(stack, values))), nl=False)
+
+
+def with_images(values: Mapping[str, str], printed: str) -> dict[str, str]:
+    """Return those keys of a stack that name images, with the images that were built.
+
+    Args:
+        values: the stack's keys.
+        printed: a line for each image, whose first two words are its name and its reference by digest.
+
+    Raises:
+        typer.BadParameter: one of the images is missing.
+    """
+    built = dict(line.split()[:2] for line in printed.splitlines() if line.strip())
+    if missing := {RUNNER, INSTALLER, *SERVERS} - built.keys():
+        names = " ".join(sorted(missing))
+        raise typer.BadParameter(f"{names}: not among the images; make images NAMES='{names}' builds them")
+
+    def changed(key: str, **fields: object) -> tuple[str, str]:
+        return f"{PREFIX}:{key}", json.dumps(json.loads(values[f"{PREFIX}:{key}"]) | fields)
+
+    return dict(
+        [
+            changed("policies", images={"python": built[RUNNER]}),
+            changed("sandbox_runtime", installer=built[INSTALLER]),
+            changed("servers", images={name: built[name] for name in SERVERS}),
+        ]
+    )
 
 
 def manifests(found: Rehearsal) -> list[dict[str, Any]]:

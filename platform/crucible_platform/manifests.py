@@ -1,7 +1,7 @@
 """Reads the repository's own YAML for Kubernetes as kustomize would, for `pulumi up`, which should need no other program for it.
 
-Of kustomize it knows what `policies/` and `gitops/base/gvisor` use: resources, components, patches by file, a namespace for all, and ConfigMaps
-made of files. It refuses whatever else a kustomization says. A test of the cluster tier holds it to `kubectl kustomize`, object by object.
+Of kustomize it knows what `policies/`, `gitops/base/gvisor` and `platform/servers` use: resources, components, patches by file, a namespace for all, and
+ConfigMaps made of files. It refuses whatever else a kustomization says. A test of the cluster tier holds it to `kubectl kustomize`, object by object.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _KNOWN = frozenset(
 )
 # What others are in, or are judged by, and so must be there before them.
 FIRST = frozenset({"Namespace", "PriorityClass", "RuntimeClass", "ServiceAccount"})
+# By what an entry of a list is known, where a patch means one of it and not the whole list ("patchMergeKey" in Kubernetes' API).
+_MERGE_KEYS = {"containers": "name", "volumes": "name", "volumeMounts": "mountPath"}
 # Kinds without a namespace, among those that the repository has ("kubectl api-resources --namespaced=false").
 _CLUSTER_WIDE = frozenset(
     {
@@ -80,9 +82,13 @@ def _build(folder: Path, base: list[Object]) -> list[Object]:
         objects.append(made)
     objects = [_with_references(each, renamed) for each in objects]
     for entry in said.get("patches", []):
-        if entry.keys() != {"path"}:
-            raise ManifestError(f"{path}: patches: only `path` is known here")
-        objects = _patched(objects, _documents(folder / entry["path"]), path)
+        if not {"path"} <= entry.keys() <= {"path", "target"}:
+            raise ManifestError(f"{path}: patches: only `path` and `target` are known here")
+        patches = _documents(folder / entry["path"])
+        if target := entry.get("target"):
+            objects = _patched(objects, _aimed(patches, target, objects, path), path)
+        else:
+            objects = _patched(objects, patches, path)
     if namespace := said.get("namespace"):
         objects = [_in_namespace(each, namespace) for each in objects]
     return objects
@@ -103,12 +109,24 @@ def _config_map(folder: Path, entry: Object, *, fixed: bool) -> Object:
     for each in entry["files"]:
         key, _, file = each.rpartition("=")
         data[key or file.rpartition("/")[2]] = (folder / file).read_text(encoding="utf-8")
-    # Another content is another object, so that what uses it rolls out. The suffix is not kustomize's own, which nobody relies on.
-    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:10]
-    metadata = {"name": entry["name"] if fixed else f"{entry['name']}-{digest}"}
+    # Another content is another object, so that what uses it rolls out.
+    metadata = {"name": entry["name"] if fixed else f"{entry['name']}-{_suffix(data)}"}
     if "namespace" in entry:
         metadata["namespace"] = entry["namespace"]
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+
+
+def _suffix(data: dict[str, str]) -> str:
+    """Return the same suffix as kustomize would, so that what one of us has made the other has not to make again.
+
+    That is a digest of the content as Go writes JSON, without the name, with letters in the place of what could make a word ("hasher.go" in sigs.k8s.io/kustomize).
+    """
+    text = json.dumps(
+        {"data": data, "kind": "ConfigMap", "name": ""}, sort_keys=True, ensure_ascii=False, separators=(",", ":")
+    )
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return hashlib.sha256(text.encode()).hexdigest()[:10].translate(str.maketrans("013ae", "ghkmt"))
 
 
 def _with_references(found: Object, renamed: dict[str, str]) -> Object:
@@ -135,17 +153,45 @@ def _patched(objects: list[Object], patches: list[Object], path: Path) -> list[O
     return list(by_name.values())
 
 
+def _aimed(patches: list[Object], target: Object, objects: list[Object], path: Path) -> list[Object]:
+    """Return a patch for each object that the target means; by which name the patch goes itself says nothing then."""
+    if target.keys() != {"kind", "labelSelector"}:
+        raise ManifestError(f"{path}: patches: a target is known here by `kind` and `labelSelector`")
+    label, _, value = target["labelSelector"].partition("=")
+    meant = [
+        each
+        for each in objects
+        if each["kind"] == target["kind"] and each["metadata"].get("labels", {}).get(label) == value
+    ]
+    if not meant:
+        raise ManifestError(f"{path}: patches: there is no {target['kind']} with {target['labelSelector']} to patch")
+    own = ("name", "namespace")
+    return [
+        {**patch, "metadata": {key: each["metadata"][key] for key in own if key in each["metadata"]}}
+        for patch in patches
+        for each in meant
+    ]
+
+
 def _merged(old: Object, new: Object, path: Path) -> Object:
     merged = deepcopy(old)
     for key, value in new.items():
-        if isinstance(value, list):
-            # How lists merge depends on the kind; nothing here needs it.
-            raise ManifestError(f"{path}: patches: a list ({key}) is not known here")
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+        if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+            merged[key] = _merged_list(key, merged.get(key, []), value, path)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merged(merged[key], value, path)
         else:
             merged[key] = value
     return merged
+
+
+def _merged_list(key: str, old: list[Object], new: list[Object], path: Path) -> list[Object]:
+    """Return a list in which entries of the same name are merged; what is new comes first, as with kustomize."""
+    if not (known_by := _MERGE_KEYS.get(key)):
+        raise ManifestError(f"{path}: patches: a list ({key}) is not known here")
+    added = {each[known_by]: each for each in new}
+    kept = [_merged(each, added.pop(each[known_by], {}), path) for each in old]
+    return [*added.values(), *kept]
 
 
 def _in_namespace(found: Object, namespace: str) -> Object:

@@ -30,6 +30,7 @@ from crucible_platform.policies import PoliciesConfig
 from crucible_platform.registry import RegistryConfig
 from crucible_platform.sandbox_runtime import SandboxRuntimeConfig
 from crucible_platform.section import ROOT, AccountId, Cidr, Region, Section
+from crucible_platform.servers import ServersConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -97,6 +98,7 @@ class InCluster(Section):
 
     policies: PoliciesConfig
     sandbox_runtime: SandboxRuntimeConfig
+    servers: ServersConfig
 
 
 class LocalConfig(InCluster):

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tests.cluster import ClusterError
-from tests.deployment import DeployError, deploy, find_deployed, find_target, remove
+from tests.deployment import DeployError, deploy, find_deployed, find_target, make_secrets, remove
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +24,9 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--timeout", type=float, default=600.0, help="seconds until it is given up")
     down = commands.add_parser("down", help="take it away; what it has stored and its secrets stay")
     down.add_argument("--data", action="store_true", help="delete those too")
+    secrets = commands.add_parser("secrets", help="make the secrets that are not there yet, and nothing else")
     show = commands.add_parser("show", help="print how to reach what is deployed")
-    for command in (up, down, show):
+    for command in (up, down, secrets, show):
         command.add_argument(
             "--context", help="the cluster by its name in the kubeconfig; needed where it is elsewhere"
         )
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str]) -> int:
         say(target.description)
         if wanted.command == "down":
             remove(target, data=wanted.data, say=say)
+            return 0
+        if wanted.command == "secrets":
+            make_secrets(target)
             return 0
         if wanted.command == "show":
             deployed = find_deployed(target)

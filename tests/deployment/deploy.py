@@ -60,8 +60,7 @@ def deploy(
     say("objects")
     objects = manifests.build(target.kubectl, built, target.registry)
     target.apply([found for found in objects if found["kind"] == "Namespace"])
-    values = secret_values(_present_secrets(target))
-    target.apply(secret_objects(values))
+    make_secrets(target)
     target.apply([found for found in objects if found["kind"] not in _RUNS])
     say("Calico's policies")
     _apply_calico(target)
@@ -76,6 +75,14 @@ def deploy(
     left = timeout - (time.monotonic() - started)
     wait_for_workloads(target, seconds=max(left, 1.0), say=say)
     return find_deployed(target)
+
+
+def make_secrets(target: Target) -> None:
+    """Make every Secret of the platform that is not there yet, in a namespace that is, or that is made."""
+    # One that is there has labels that guard it, which applying one without them would take away.
+    if PLATFORM_NAMESPACE not in {found["metadata"]["name"] for found in target.get("namespaces")}:
+        target.call("create", "namespace", PLATFORM_NAMESPACE)
+    target.apply(secret_objects(secret_values(_present_secrets(target))))
 
 
 def find_deployed(target: Target) -> Deployed:

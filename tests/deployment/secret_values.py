@@ -12,12 +12,21 @@ from crucible.broker.definitions import ADMIN, definitions, password_variable
 from crucible.broker.topology import USERS, VHOST
 from crucible.names import PLATFORM_NAMESPACE
 from crucible.settings import BrokerSettings
+from tests.deployment.certificates import authority, certificate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _STORAGE, _WORKER = "crucible-storage", "crucible-worker"
-_NODES = 3
+_NODES = tuple(f"rabbitmq-{number}" for number in range(3))
+_AUTHORITY = "crucible-ca"
+
+# By which services and RabbitMQ's own nodes call them; Erlang takes no `*` for a name.
+_DOMAIN = f"{PLATFORM_NAMESPACE}.svc.cluster.local"
+NAMES = {
+    "rabbitmq": ("rabbitmq", *(f"{node}.rabbitmq{domain}" for node in _NODES for domain in ("", f".{_DOMAIN}"))),
+    "redis": ("redis", f"redis.{_DOMAIN}"),
+}
 
 Values = dict[str, dict[str, str]]
 
@@ -33,10 +42,16 @@ def secret_values(present: Mapping[str, Mapping[str, str]]) -> Values:
     }
     database = kept("postgres", "password", secrets.token_hex(24))
     redis = kept("redis", "password", secrets.token_hex(24))
+    signer = authority(present.get(_AUTHORITY, {}))
+    servers = {
+        f"{server}-tls": certificate(signer, names, present.get(f"{server}-tls", {})) for server, names in NAMES.items()
+    }
     database_url = f"postgresql://crucible:{database}@postgres:5432/crucible"
-    redis_url = f"redis://:{redis}@redis:6379/0"
+    redis_url = f"rediss://:{redis}@redis:6379/0"
     return {
         "crucible-internal": {"token": kept("crucible-internal", "token", secrets.token_urlsafe(32))},
+        _AUTHORITY: signer,
+        **servers,
         "postgres": {"password": database},
         "redis": {"password": redis},
         "rabbitmq": {
@@ -52,7 +67,7 @@ def secret_values(present: Mapping[str, Mapping[str, str]]) -> Values:
         _WORKER: {"broker-url": _broker_url(_WORKER, passwords[_WORKER])},
         "crucible-setup": {
             "CRUCIBLE_STORAGE__DATABASE_URL": database_url,
-            "CRUCIBLE_BROKER__MANAGEMENT_URL": f"http://{ADMIN.name}:{passwords[ADMIN.name]}@rabbitmq:15672",
+            "CRUCIBLE_BROKER__MANAGEMENT_URL": f"https://{ADMIN.name}:{passwords[ADMIN.name]}@rabbitmq:15671",
             "CRUCIBLE_ADMIN_KEY": kept("crucible-setup", "CRUCIBLE_ADMIN_KEY", make_key()[0]),
             **{password_variable(user): passwords[user.name] for user in (*USERS, ADMIN)},
         },
@@ -60,7 +75,7 @@ def secret_values(present: Mapping[str, Mapping[str, str]]) -> Values:
 
 
 def _broker_url(user: str, password: str) -> str:
-    return ",".join(f"amqp://{user}:{password}@rabbitmq-{n}.rabbitmq:5672/{VHOST}" for n in range(_NODES))
+    return ",".join(f"amqps://{user}:{password}@{node}.rabbitmq:5671/{VHOST}" for node in _NODES)
 
 
 def _definitions(passwords: Mapping[str, str], present: str | None) -> str:

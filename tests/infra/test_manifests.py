@@ -55,6 +55,40 @@ def test_a_patch_changes_what_it_names_and_leaves_the_rest(tmp_path: Path) -> No
     assert read(folder) == [{**MAP, "data": {"a": "1", "b": "3"}}]
 
 
+def test_a_patch_with_a_target_changes_all_that_it_means_and_of_their_lists_what_it_names(tmp_path: Path) -> None:
+    def workload(name: str, label: str) -> dict[str, object]:
+        containers = [{"name": "server", "command": ["old", "way"], "image": name}, {"name": "other"}]
+        metadata = {"name": name, "labels": {"part": label}}
+        return {
+            "apiVersion": "apps/v1",
+            "kind": "StatefulSet",
+            "metadata": metadata,
+            "spec": {"containers": containers},
+        }
+
+    patch = {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": {"name": "all"},
+        "spec": {"containers": [{"name": "server", "command": ["new"]}, {"name": "added"}]},
+    }
+    said = {
+        "kind": "Kustomization",
+        "resources": ["one.yaml", "two.yaml", "three.yaml"],
+        "patches": [{"path": "patch.yaml", "target": {"kind": "StatefulSet", "labelSelector": "part=ours"}}],
+    }
+    one, two, three = workload("one", "ours"), workload("two", "ours"), workload("three", "theirs")
+    found = read(kustomization(tmp_path, said, one=one, two=two, three=three, patch=patch))
+    for each, name in zip(found[:2], ("one", "two"), strict=True):
+        assert each["metadata"]["name"] == name
+        assert each["spec"]["containers"] == [
+            {"name": "added"},
+            {"name": "server", "command": ["new"], "image": name},
+            {"name": "other"},
+        ]
+    assert found[2] == three
+
+
 def test_a_config_map_of_files_is_named_by_its_content_and_so_is_what_refers_to_it(tmp_path: Path) -> None:
     pod = {
         "apiVersion": "v1",
@@ -98,8 +132,20 @@ def test_a_namespace_for_all_is_not_for_what_is_the_clusters_and_is_for_the_acco
     ("said", "says"),
     [
         ({"kind": "Kustomization", "replacements": []}, "replacements is not known here"),
-        ({"kind": "Kustomization", "patches": [{"patch": "{}"}]}, "only `path` is known here"),
+        ({"kind": "Kustomization", "patches": [{"patch": "{}"}]}, "only `path` and `target` are known here"),
         ({"kind": "Kustomization", "patches": [{"path": "map.yaml"}]}, "there is no ConfigMap/one to patch"),
+        (
+            {"kind": "Kustomization", "patches": [{"path": "map.yaml", "target": {"kind": "Secret"}}]},
+            "by `kind` and `labelSelector`",
+        ),
+        (
+            {
+                "kind": "Kustomization",
+                "resources": ["map.yaml"],
+                "patches": [{"path": "map.yaml", "target": {"kind": "ConfigMap", "labelSelector": "a=b"}}],
+            },
+            "there is no ConfigMap with a=b to patch",
+        ),
         ({"kind": "Kustomization", "configMapGenerator": [{"name": "x", "literals": ["a=b"]}]}, "literals is not known here"),
         (
             {"kind": "Kustomization", "resources": ["map.yaml"], "patches": [{"path": "list.yaml"}]},
@@ -108,7 +154,7 @@ def test_a_namespace_for_all_is_not_for_what_is_the_clusters_and_is_for_the_acco
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_and_not_left_out(tmp_path: Path, said: dict[str, object], says: str) -> None:
-    folder = kustomization(tmp_path, said, map=MAP, list={**MAP, "args": [1]})
+    folder = kustomization(tmp_path, said, map=MAP, list={**MAP, "args": [{"a": 1}]})
     with pytest.raises(ManifestError, match=says):
         read(folder)
 

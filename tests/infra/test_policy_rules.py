@@ -18,13 +18,13 @@ import yaml
 
 from crucible import names as service_names
 from crucible_platform import iam
-from crucible_platform.cli import stack_values
 from crucible_platform.place import Place
 from crucible_platform.rehearsal import Rehearsal, Rehearsed, rehearse_platform, unknown_properties
 from crucible_platform.section import ROOT
 from crucible_platform.stack import EXAMPLE_FILE, ORGANISATION_VARIABLE
 from tests.kubernetes.test_admission import LESS
 from tests.support.policies import changed, make_objects, pod_of
+from tests.support.stacks import whole_stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -941,7 +941,7 @@ def platform() -> Iterator[dict[str, list[Any]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ORGANISATION_VARIABLE, str(ROOT / EXAMPLE_FILE))
-        yield {name: shown(rehearse_platform(name, stack_values(name))) for name in STACKS}
+        yield {name: shown(rehearse_platform(name, whole_stack(name))) for name in STACKS}
 
 
 @pytest.mark.parametrize("name", STACKS)

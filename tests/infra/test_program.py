@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from crucible_platform.cli import app, component_edges, manifests, stack_values, tree
+from crucible_platform.cli import app, component_edges, manifests, tree
 from crucible_platform.config_docs import reference
 from crucible_platform.delivery_rights import READS, WRITES
 from crucible_platform.manifests import FIRST, name_of, read
@@ -26,6 +26,7 @@ from crucible_platform.stack import (
     LocalConfig,
     problems_between,
 )
+from tests.support.stacks import whole_stack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +48,8 @@ IN_CLOUD = {
 }
 IN_CLUSTER = {
     "crucible:policies:Policies": "admission, network policies, rights and quota",
+    "crucible:sandbox_runtime:SandboxRuntime": "gVisor on nodes that come without it",
+    "crucible:servers:Servers": "RabbitMQ, Redis and PostgreSQL",
 }
 NEEDED = {**dict.fromkeys(CLOUDS, IN_CLOUD | IN_CLUSTER), LOCAL: IN_CLUSTER}
 AWS, KUBERNETES = "pulumi:providers:aws", "pulumi:providers:kubernetes"
@@ -56,7 +59,7 @@ Reads = set[tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def whole() -> Iterator[tuple[dict[str, Rehearsal], Reads]]:
-    """Every stack, and which fields of its configuration the program read."""
+    """Every stack once its images are there, and which fields of its configuration the program read."""
     reads: Reads = set()
 
     def noted(self: Section, name: str) -> Any:
@@ -69,7 +72,7 @@ def whole() -> Iterator[tuple[dict[str, Rehearsal], Reads]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ORGANISATION_VARIABLE, str(ROOT / EXAMPLE_FILE))
         patch.setattr(Section, "__getattribute__", noted, raising=False)
-        yield {stack: rehearse_platform(stack, stack_values(stack)) for stack in STACKS}, reads
+        yield {stack: rehearse_platform(stack, whole_stack(stack)) for stack in STACKS}, reads
 
 
 @pytest.fixture
@@ -201,9 +204,10 @@ def test_what_is_rendered_is_in_an_order_that_can_be_applied_and_the_same_each_t
     kinds = [each["kind"] for each in rendered]
     assert kinds[:3] == ["Namespace"] * 3
     assert kinds.index("Role") > max(at for at, kind in enumerate(kinds) if kind in FIRST)
-    again = manifests(rehearse_platform(LOCAL, stack_values(LOCAL)))
+    again = manifests(rehearse_platform(LOCAL, whole_stack(LOCAL)))
     assert yaml.safe_dump_all(rendered) == yaml.safe_dump_all(again)
-    assert {name_of(each) for each in rendered} == {name_of(each) for each in read(ROOT / "policies")}
+    sources = ("policies", "gitops/base/gvisor", "platform/servers")
+    assert {name_of(each) for each in rendered} == {name_of(each) for at in sources for each in read(ROOT / at)}
     (priority,) = (each for each in rendered if name_of(each) == "PriorityClass/crucible-evaluation")
     assert repr(priority["value"]) == "-1000"
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from crucible_platform.cli import stack_values
 from crucible_platform.rehearsal import rehearse_platform
 from crucible_platform.section import ROOT
 from crucible_platform.stack import EXAMPLE_FILE, ORGANISATION_VARIABLE
@@ -24,6 +23,7 @@ from tests.infra.test_policy_rules import REFUSES
 from tests.support.capabilities import needs
 from tests.support.folders import scratch_dir
 from tests.support.pulumi_engine import STAND_IN, Engine, EngineError, open_stack
+from tests.support.stacks import whole_stack
 
 pytestmark = [pytest.mark.integration, needs("pulumi engine"), pytest.mark.timeout(300)]
 
@@ -39,12 +39,12 @@ def engine(pulumi: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     print(STAND_IN)
     monkeypatch.setenv(ORGANISATION_VARIABLE, str(ROOT / EXAMPLE_FILE))
     for folder in scratch_dir():
-        yield open_stack(folder, pulumi, "dev", stack_values("dev"), {ORGANISATION_VARIABLE: str(ROOT / EXAMPLE_FILE)})
+        yield open_stack(folder, pulumi, "dev", whole_stack("dev"), {ORGANISATION_VARIABLE: str(ROOT / EXAMPLE_FILE)})
 
 
 def expected() -> Counter[str]:
     """What the rehearsal says that there will be, by type."""
-    found = rehearse_platform("dev", stack_values("dev"))
+    found = rehearse_platform("dev", whole_stack("dev"))
     return Counter(each.type for each in found.resources if each.custom and not each.type.startswith("pulumi:"))
 
 
@@ -85,7 +85,7 @@ def test_the_life_of_an_environment_from_a_preview_to_its_end(engine: Engine) ->
     before = engine.objects()
     change_behind_the_engines_back(engine, "aws:ec2/subnet:Subnet", "mapPublicIpOnLaunch", True)
     assert engine.act("refresh")["update"] == 1
-    network = json.loads(stack_values("dev")["crucible:network"])
+    network = json.loads(whole_stack("dev")["crucible:network"])
     set_config(engine, network={**network, "zones": [*network["zones"], "eu-central-1c"]})
     done = engine.act("up")
     assert done.keys() == {"same", "create", "update"}

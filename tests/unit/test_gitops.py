@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
 
 from crucible import names
 from crucible.settings import KubernetesSettings, Settings, env_name
+from tests.deployment.certificates import RENEWED_BEFORE, authority, certificate
 from tests.deployment.rollout import pending
 from tests.deployment.secret_values import read_secrets, secret_objects, secret_values
 from tests.support.scripts import load_script
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "gitops" / "base"
 LOCAL = ROOT / "gitops" / "overlays" / "local"
+SERVERS = ROOT / "platform" / "servers"
 SERVICES = ("api", "storage", "worker", "dispatcher", "monitor", "cleanup")
 CALLS_KUBERNETES = {"dispatcher", "monitor", "cleanup"}
 
@@ -105,20 +109,33 @@ def test_every_setting_exists_and_can_be_used(monkeypatch: pytest.MonkeyPatch) -
     assert worker["terminationGracePeriodSeconds"] >= settings.worker.drain_seconds + 15
 
 
+# What a server that mounts the whole of a Secret reads of it.
+CERTIFICATE = [{"key": key} for key in ("ca.crt", "tls.crt", "tls.key")]
+ALL_OF = {
+    "postgres": [{"key": "password"}],
+    "redis": [{"key": "password"}],
+    "rabbitmq": [{"key": "erlang-cookie"}, {"key": "definitions.json"}],
+    "redis-tls": CERTIFICATE,
+    "rabbitmq-tls": CERTIFICATE,
+}
+
+
 def _secret_keys(value: Any) -> set[tuple[str, str]]:
     if isinstance(value, list):
         return set().union(*map(_secret_keys, value))
     if not isinstance(value, dict):
         return set()
     own = {(value["secretKeyRef"]["name"], value["secretKeyRef"]["key"])} if "secretKeyRef" in value else set()
+    if name := value.get("secretName"):
+        own |= {(name, item["key"]) for item in value.get("items", ALL_OF.get(name, []))}
     return own.union(*map(_secret_keys, value.values()))
 
 
 def test_every_secret_that_a_manifest_names_is_made_and_made_once() -> None:
     first = secret_values({})
-    manifests = [*BASE.glob("*.yaml"), *LOCAL.glob("*/*.yaml")]
+    manifests = [*BASE.glob("*.yaml"), *SERVERS.glob("*/*.yaml")]
     wanted = {key for path in manifests for document in documents(path) for key in _secret_keys(document)}
-    assert ("crucible-storage", "database-url") in wanted
+    assert {("crucible-storage", "database-url"), ("rabbitmq-tls", "tls.key"), ("postgres", "password")} <= wanted
     assert wanted <= {(name, key) for name, content in first.items() for key in content}
     assert secret_values(read_secrets(secret_objects(first))) == first
     other = secret_values({})
@@ -133,6 +150,37 @@ def test_a_key_that_is_lost_is_made_up_again_and_the_others_stay() -> None:
     assert again["redis"] != first["redis"]
     assert again["postgres"] == first["postgres"]
     assert again["crucible-worker"] == first["crucible-worker"]
+    assert again["rabbitmq-tls"] == first["rabbitmq-tls"]
+
+
+def subject(content: dict[str, str]) -> tuple[set[str], datetime]:
+    """The names that a certificate bears, and when it ends."""
+    found = x509.load_pem_x509_certificate(content["tls.crt"].encode())
+    bears = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return set(bears.get_values_for_type(x509.DNSName)), found.not_valid_after_utc
+
+
+def test_a_certificate_is_kept_until_it_nears_its_end_or_bears_other_names() -> None:
+    signer = authority({})
+    assert authority(signer) == signer
+    made = certificate(signer, ["redis", "redis.crucible"], {})
+    assert made["ca.crt"] == signer["ca.crt"]
+    named, ends = subject(made)
+    assert named == {"redis", "redis.crucible"}
+    assert certificate(signer, ["redis", "redis.crucible"], made, now=ends - RENEWED_BEFORE - timedelta(days=1)) == made
+    renewed = certificate(signer, ["redis", "redis.crucible"], made, now=ends - RENEWED_BEFORE)
+    assert subject(renewed)[1] > ends
+    assert renewed["tls.key"] != made["tls.key"]
+    assert subject(certificate(signer, ["other"], made))[0] == {"other"}
+    assert certificate(authority({}), ["redis", "redis.crucible"], made)["ca.crt"] != made["ca.crt"]
+
+
+def test_each_node_of_rabbitmq_has_its_name_in_the_certificate_since_erlang_takes_no_star() -> None:
+    replicas = one(SERVERS / "rabbitmq" / "rabbitmq.yaml", "StatefulSet")["spec"]["replicas"]
+    named, _ = subject(secret_values({})["rabbitmq-tls"])
+    for number in range(replicas):
+        assert {f"rabbitmq-{number}.rabbitmq", f"rabbitmq-{number}.rabbitmq.crucible.svc.cluster.local"} <= named
+    assert not [name for name in named if "*" in name]
 
 
 def test_the_check_of_manifests_finds_what_kubernetes_would_refuse() -> None:
